@@ -1,0 +1,248 @@
+"""Plays a trained model: words in, music out.
+
+    python sample.py "jazz reggae"                       jazz-reggae.wav and jazz-reggae.png
+    python sample.py "slow piano waltz" "sad blues" --seconds 30 --n 4 --out waltz/
+    python sample.py --file prompts.txt --out evening/   one prompt a line
+    python sample.py "techno" --continue loop.wav        goes on where the file ends
+    python sample.py "ambient" --seconds 600 --stream | aplay -f S16_LE -r 44100
+
+Music of any length is made in constant memory and written while it is made; a file appears under
+its name when it is finished. The same prompt and seed give the same audio, byte for byte, whatever
+else is made beside it.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from codec import decode_stream, load_codec, mel_spectrogram, read_audio
+from model import entry, generate, load_checkpoint, load_text_encoder, read_config
+
+ROOT = Path(__file__).parent
+SHIPPED = ROOT / "toy" / "lm"
+SHOWCASE = ["jazz reggae", "a slow calm piano waltz"]
+FORMATS = (".wav", ".flac", ".ogg")
+PLAYERS = (
+    ["aplay", "-q", "-f", "S16_LE", "-c", "1", "-r"],
+    ["play", "-q", "-t", "raw", "-e", "signed", "-b", "16", "-c", "1", "-", "-r"],
+)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    prompts = read_prompts(args)
+    folder = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
+    config = read_config(folder)
+    lm, encoder = load_checkpoint(folder), load_text_encoder(folder)
+    codec = load_codec(config["codec"])
+    sampling = {**config.get("sampling", {}), **given(args, "guidance temperature top_k top_p")}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm.to(device), encoder.to(device)
+    say = lambda text: print(text, file=sys.stderr if args.stream else sys.stdout)
+    say(
+        f"{folder}: {lm.config.variant}, {lm.config.blocks} blocks, {lm.config.codebooks} codebook(s)"
+    )
+    for prompt in prompts:
+        if encoder.too_long(prompt):
+            say(f"the prompt is cut to its first {encoder.max_tokens} tokens: {prompt[:60]}...")
+
+    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
+    frames = max(1, round(args.seconds * codec.sample_rate / codec.hop))
+    heard = None
+    if args.continue_file:
+        heard = codec.encode(read_audio(args.continue_file))[:, : lm.config.codebooks]
+        heard = heard[..., -lm.config.trained_frames :].expand(len(jobs), -1, -1)
+    blocks = generate(
+        lm, encoder, [p for p, _ in jobs], frames, [s for _, s in jobs],
+        negative=args.negative, codes=heard, **sampling,
+    )  # fmt: skip
+    if heard is not None:
+        blocks, frames = itertools.chain([heard], blocks), frames + heard.shape[2]
+
+    started = time.time()
+    bar = tqdm(blocks, total=-(-frames // 64), unit="block", disable=None, leave=False)
+    if args.stream or args.play:
+        play(decode_stream(codec, (block[0] for block in bar)), codec.sample_rate, args.stream)
+        return
+    if len(jobs) == 1:  # decoded and written while it is made
+        sources = [(block[0] for block in bar)]
+    else:  # codes are small: all of them first, as uint16, then one file after the other
+        codes = np.concatenate([block.numpy().astype(np.uint16) for block in bar], 2)
+        sources = [[torch.from_numpy(one.astype(np.int64))] for one in codes]
+    for (prompt, seed), path, source in zip(jobs, output_paths(args, jobs), sources):
+        picture = Picture(frames * codec.hop)
+        write_stream(path, picture.watch(decode_stream(codec, source)), codec.sample_rate)
+        picture.save(path.with_suffix(".png"), f"{prompt} (seed {seed})", codec.sample_rate)
+        say(f"{path} and {path.with_suffix('.png').name}")
+    seconds, took = len(jobs) * frames * codec.hop / codec.sample_rate, time.time() - started
+    say(f"{seconds:.1f} s of audio in {took:.1f} s")
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("prompts", nargs="*", help="what to play, in words")
+    add("--file", help="more prompts, one a line")
+    add("--seconds", type=float, default=10.0, help="length, of any size [10]")
+    add("--seed", type=int, default=0, help="sample i of a prompt has the seed SEED + i [0]")
+    add("--n", type=int, default=1, help="samples of each prompt [1]")
+    add("--guidance", type=float, help="how strictly to follow the text; 1: plainly [3]")
+    add("--temperature", type=float, help="how adventurous each token is [1.2]")
+    add("--top-k", type=int, help="choose among the K likeliest tokens [250]")
+    add("--top-p", type=float, help="... and of those the fewest that reach this share [1]")
+    add("--negative", default="", help="a prompt to move away from")
+    add("--continue", dest="continue_file", metavar="FILE", help="audio to go on from")
+    add("--checkpoint", help="folder of a checkpoint [the newest in out/, else the one in toy/]")
+    add("--out", help="a .wav, .flac or .ogg file, or a folder [PROMPT.wav here]")
+    add("--play", action="store_true", help="play the (first) sample while it is made")
+    add("--stream", action="store_true", help="write it to standard output, 16-bit mono PCM")
+    args = parser.parse_args(argv)
+    for name, low in dict(seconds=0, n=0, temperature=0, top_k=0, top_p=0).items():
+        if (value := getattr(args, name)) is not None and not value > low:
+            raise ValueError(f"--{name.replace('_', '-')} must be greater than {low}, not {value}")
+    if args.guidance is not None and not np.isfinite(args.guidance):
+        raise ValueError(f"--guidance must be a number, not {args.guidance}")
+    return args
+
+
+def given(args, names):
+    """The options among `names` that the user set; the rest is the checkpoint's to say."""
+    return {k: v for k in names.split() if (v := getattr(args, k)) is not None}
+
+
+def read_prompts(args):
+    prompts = list(args.prompts)
+    if args.file:
+        try:
+            prompts += [line for line in open(args.file, encoding="utf-8") if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{args.file} could not be read as prompts, one a line ({error})"
+            ) from None
+    prompts = [prompt.strip() for prompt in prompts]
+    if not prompts or not all(prompts):
+        raise ValueError('say what to play, for example: python sample.py "jazz reggae"')
+    return prompts
+
+
+def newest_checkpoint():
+    """best/ of the user's newest run, else the shipped model."""
+    runs = [p.parent for p in Path("out").glob("*/best/config.json")]
+    return max(runs, key=lambda p: p.stat().st_mtime, default=SHIPPED)
+
+
+def output_paths(args, jobs):
+    """One path a job, told apart by prompt and seed; extensions choose the format."""
+    out = Path(args.out) if args.out else Path()
+    if out.suffix and not out.is_dir():
+        if out.suffix.lower() not in FORMATS:
+            raise ValueError(f"{out}: the format must be one of {', '.join(FORMATS)}")
+        names = [out] if len(jobs) == 1 else [
+            out.with_stem(f"{out.stem}-{i}") for i in range(len(jobs))
+        ]  # fmt: skip
+    else:
+        slugs = [re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:60] for prompt, _ in jobs]
+        names = [
+            out / f"{slug or 'sample'}{f'-{seed}' if args.n > 1 else ''}.wav"
+            for slug, (_, seed) in zip(slugs, jobs)
+        ]
+        # Two prompts that differ past their 60th letter still get a file each.
+        names = [
+            n if n not in names[:i] else n.with_stem(f"{n.stem}-{i}") for i, n in enumerate(names)
+        ]
+    for name in names:
+        name.parent.mkdir(parents=True, exist_ok=True)
+    return names
+
+
+def write_stream(path, chunks, sample_rate):
+    """Writes audio chunks (samples,) under a temporary name, renamed when the last is in."""
+    import soundfile
+
+    temporary = path.with_name(f".{path.name}.part")
+    kind = path.suffix[1:].upper()
+    try:
+        with soundfile.SoundFile(temporary, "w", sample_rate, 1, format=kind) as file:
+            for chunk in chunks:
+                file.write(chunk.numpy())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def play(chunks, sample_rate, to_stdout):
+    if to_stdout:
+        sink, player = sys.stdout.buffer, None
+    else:
+        command = next((c for c in PLAYERS if shutil.which(c[0])), None)
+        if command is None:
+            raise ValueError("--play needs `aplay` or sox's `play`: apt-get install alsa-utils")
+        player = subprocess.Popen([*command, str(sample_rate)], stdin=subprocess.PIPE)
+        sink = player.stdin
+    try:
+        for chunk in chunks:
+            sink.write((chunk.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes())
+            sink.flush()
+    except BrokenPipeError:  # the listener had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if player:
+        player.stdin.close()
+        player.wait()
+
+
+class Picture:
+    """A mel-spectrogram of audio that passes by: at most 1,500 columns, whatever its length."""
+
+    def __init__(self, samples):
+        self.pool = max(1, samples // 512 // 1500)  # frames a column
+        self.rest, self.columns = torch.zeros(0), []
+
+    def watch(self, chunks):
+        for chunk in chunks:
+            self._add(torch.cat([self.rest, chunk]))
+            yield chunk
+
+    def _add(self, audio):
+        step = 512 * self.pool
+        whole = len(audio) // step * step
+        if whole >= 2048:
+            mel = mel_spectrogram(audio[None, :whole], relative=False)[0]  # (mels, frames)
+            frames = mel.shape[1] // self.pool * self.pool
+            self.columns.append(mel[:, :frames].unflatten(1, (-1, self.pool)).mean(2).half())
+            audio = audio[whole:]
+        self.rest = audio
+
+    def save(self, path, title, sample_rate):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        mel = torch.cat(self.columns, 1).float().numpy() if self.columns else np.zeros((128, 1))
+        seconds = mel.shape[1] * self.pool * 512 / sample_rate
+        figure, axis = plt.subplots(figsize=(10, 3.5))
+        image = axis.imshow(
+            mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(mel)),
+            vmin=mel.max() - 80,
+        )  # fmt: skip
+        axis.set(title=title, xlabel="seconds", ylabel="mel band")
+        figure.colorbar(image, label="dB")
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,254 @@
+"""The language models: one function in two forms, no leaks, and sampling that can be repeated."""
+
+import json
+
+import pytest
+import torch
+
+import model
+from model import LMConfig, MusicLM, TextEncoder, generate, sample_tokens
+
+CAPTIONS = ["slow piano waltz", "jazz", "a dark techno track at 132 bpm, with a synth lead", ""]
+
+
+def tokenizer_json():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CAPTIONS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return tokenizer.to_str()
+
+
+def tiny(variant="simba", dtype=torch.float32, **options):
+    """A random model small enough for a test, and an encoder; outputs made large enough to matter."""
+    torch.manual_seed(0)
+    config = dict(blocks=2, d_model=32, d_state=8, headdim=16, chunk=8, d_text=64, dropout=0.0)
+    config |= dict(attention_heads=4, codebook_size=50, trained_frames=64)
+    lm = MusicLM(LMConfig(variant=variant, **(config | options))).to(dtype).eval()
+    for head in lm.heads:
+        head.weight.data *= 10
+    return lm, TextEncoder.small(tokenizer_json(), d_model=64, layers=1, max_tokens=24).eval()
+
+
+VARIANTS = [(v, k, "ff") for v in model.VARIANTS for k in (1, 9)]
+VARIANTS += [("simba", 1, "einfft"), ("cross-simba", 9, "einfft")]
+
+
+@pytest.mark.parametrize(
+    "options, millions",
+    [
+        (dict(variant="mamba"), 357.7),
+        (dict(variant="simba"), 281.0),
+        (dict(variant="cross-simba"), 381.7),
+        (dict(variant="transformer"), 305.0),
+        (dict(variant="simba", codebooks=9), 297.8),
+        (dict(variant="simba", blocks=12), 142.0),
+        (dict(variant="simba", blocks=6), 72.4),
+    ],
+)
+def test_parameter_counts_at_paper_size(options, millions):
+    with torch.device("meta"):
+        lm = MusicLM(LMConfig(**options))
+    assert sum(p.numel() for p in lm.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+@pytest.mark.parametrize("variant, codebooks, mixer", VARIANTS)
+@torch.no_grad()
+def test_step_equals_forward_for_every_variant(variant, codebooks, mixer):
+    """1,000 tokens, the first 10 read by forward, the others one at a time from the state it left."""
+    lm, encoder = tiny(variant, codebooks=codebooks, mixer=mixer)
+    text, mask = encoder(CAPTIONS[:3])
+    codes = torch.randint(50, (3, codebooks, 1000))
+    columns = lm.delay(codes)
+    hidden, _ = lm._read(columns[:, :, :1000], text, mask)
+    expected = torch.stack([head(hidden) for head in lm.heads], 1)  # (B, K, L, V)
+    # A prompt of 10 frames is read as 11 columns; what of them is not yet known is 50.
+    logits, state = lm.prefill(text, mask, codes[:, :, :10], room=1000)
+    for s in range(11, 1000):
+        error = (logits - expected[:, :, s - 1]).abs().max()
+        assert error < 1e-4 * expected.abs().max().clamp(min=1), s
+        logits = lm.step(columns[:, :, s], state)
+
+
+@pytest.mark.parametrize("variant", model.VARIANTS)
+@torch.no_grad()
+def test_a_batch_of_unequal_prompts_gives_each_prompts_own_logits(variant):
+    lm, encoder = tiny(variant, torch.float64)
+    encoder.double()
+    codes = torch.randint(50, (4, 1, 30))
+    text, mask = encoder(CAPTIONS)
+    text[~mask] = 1e3  # what stands in the padding must not matter
+    together = lm(codes, text, mask)
+    _, states = lm._read(lm.delay(codes)[:, :, :30], text, mask)
+    for i, caption in enumerate(CAPTIONS):
+        alone = lm(codes[i : i + 1], *encoder([caption]))
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+        if variant in ("mamba", "simba"):
+            _, state = lm._read(lm.delay(codes)[i : i + 1, :, :30], *encoder([caption]))
+            torch.testing.assert_close(states.blocks[1][0].ssm[i], state.blocks[1][0].ssm[0])
+            assert states.position[i] == state.position[0]
+
+
+@pytest.mark.parametrize("variant, codebooks, mixer", VARIANTS)
+def test_no_code_sees_itself_or_its_future(variant, codebooks, mixer):
+    lm, encoder = tiny(variant, torch.float64, codebooks=codebooks, mixer=mixer)
+    text, mask = encoder.double()(["jazz"])
+    codes = torch.randint(50, (1, codebooks, 20))
+    changed = codes.clone()
+    k, t = codebooks // 2, 12
+    changed[0, k, t] = (codes[0, k, t] + 1) % 50
+    difference = (lm(codes, text, mask) - lm(changed, text, mask)).abs().amax(-1)[0]  # (K, L)
+    # In the delay pattern codebook j of frame u is predicted at column u + j; the change, read at
+    # column t + k + 1, may show from there on.
+    column = torch.arange(20) + torch.arange(codebooks)[:, None]
+    assert difference[column < t + k + 1].max() == 0
+    assert difference[column == t + k + 1].max() > 0
+
+
+def test_text_changes_the_music_and_gradients_reach_it():
+    for variant in model.VARIANTS:
+        lm, encoder = tiny(variant)
+        codes = torch.randint(50, (2, 1, 20))
+        logits = lm(codes, *encoder(CAPTIONS[:2]))
+        logits[:, :, -1].square().mean().backward()
+        assert all(p.grad is not None for n, p in lm.named_parameters())
+        assert encoder.encoder.shared.weight.grad.abs().max() > 0
+        other = lm(codes, *encoder(CAPTIONS[2:]))
+        assert (logits - other).abs().max() > 1e-3
+
+
+def test_positions_are_sinusoids_cosine_first():
+    lm, _ = tiny()
+    table = lm._positions(torch.tensor([[0, 7, 63, 64, 1000]]))[0]
+    half = 16
+    for i in (0, 5, 15):
+        angle = torch.tensor(7 / 10000 ** (i / (half - 1)))
+        assert table[1, i] == pytest.approx(angle.cos().item(), abs=1e-6)
+        assert table[1, half + i] == pytest.approx(angle.sin().item(), abs=1e-6)
+    assert (table[3] == table[2]).all() and (table[4] == table[2]).all()  # the last one trained
+
+
+def run(lm, encoder, prompts, seeds, frames=40, **options):
+    return torch.cat(list(generate(lm, encoder, prompts, frames, seeds, **options)), 2)
+
+
+@pytest.mark.parametrize("variant, codebooks, mixer", VARIANTS)
+def test_a_sample_is_the_same_alone_and_in_any_batch(variant, codebooks, mixer):
+    lm, encoder = tiny(variant, codebooks=codebooks, mixer=mixer)
+    prompts, seeds = [*CAPTIONS[:3], "blues", "jazz"], [3, 1, 4, 1, 5]
+    together = run(lm, encoder, prompts, seeds)
+    assert together.shape == (5, codebooks, 40) and together.max() < 50
+    for i in (0, 3, 4):
+        assert (together[i] == run(lm, encoder, [prompts[i]], [seeds[i]])[0]).all()
+    assert (together[1] != run(lm, encoder, [prompts[1]], [2])[0]).any()
+
+
+@pytest.mark.parametrize("codebooks", [1, 9])
+def test_generation_is_the_model_run_forward(codebooks):
+    """Greedy tokens from `generate`, state and all, against re-reading everything each time."""
+    lm, encoder = tiny(codebooks=codebooks)
+    text, mask = encoder(["jazz"])
+    null, null_mask = encoder([""])
+    codes = run(lm, encoder, ["jazz"], [0], frames=12, top_k=1, guidance=3.0)
+    conditional, unconditional = (lm(codes, *t) for t in ((text, mask), (null, null_mask)))
+    logits = unconditional + 3 * (conditional - unconditional)
+    # Fine codebooks of the last frames were sampled beside coarse ones beyond the end.
+    assert (logits[..., :-1].argmax(-1) == codes)[:, :, : 12 - codebooks + 1].all()
+
+
+@pytest.mark.parametrize("codebooks", [1, 9])
+def test_continuation_goes_on_as_if_it_had_never_stopped(codebooks):
+    lm, encoder = tiny(codebooks=codebooks)
+    whole = run(lm, encoder, ["jazz"], [0], frames=30, top_k=1)
+    rest = run(lm, encoder, ["jazz"], [0], frames=10, top_k=1, codes=whole[:, :, :20])
+    assert (rest == whole[:, :, 20:]).all()
+
+
+def test_guidance_1_is_conditional_and_0_is_the_negative_prompt():
+    lm, encoder = tiny()
+    plain = run(lm, encoder, ["jazz"], [7], guidance=1.0, lanes=4)
+    assert (plain == run(lm, encoder, ["jazz"], [7], guidance=1.0, negative="blues")).all()
+    away = run(lm, encoder, ["jazz"], [7], guidance=0.0, negative="sad blues", top_k=1)
+    assert (away == run(lm, encoder, ["sad blues"], [7], guidance=1.0, top_k=1)).all()
+
+
+def test_sampled_tokens_have_the_right_frequencies():
+    logits = torch.tensor([1.0, 3.0, 2.0, 0.0, 99.0])  # the last is the special token
+    u = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    frequency = lambda **o: (
+        sample_tokens(logits.expand(len(u), 5), u, **o).bincount(minlength=5) / len(u)
+    )
+    expected = torch.softmax(logits[:4] / 2, 0)
+    torch.testing.assert_close(frequency(temperature=2.0)[:4], expected, atol=5e-3, rtol=0)
+    assert frequency()[4] == 0
+    top2 = torch.softmax(torch.tensor([3.0, 2.0]), 0)
+    measured = frequency(temperature=1.0, top_k=2)
+    torch.testing.assert_close(measured[[1, 2]], top2, atol=5e-3, rtol=0)
+    assert measured[[0, 3]].sum() == 0
+    # probabilities .644 .237 .087 .032: the fewest that reach 0.7 are two, that reach 0.6 one
+    assert frequency(temperature=1.0, top_p=0.7).count_nonzero() == 2
+    assert frequency(temperature=1.0, top_p=0.6).count_nonzero() == 1
+
+
+def test_checkpoints_come_back_whole(tmp_path):
+    lm, encoder = tiny("cross-simba")
+    for _ in range(2):  # the second replaces the first
+        model.save_checkpoint(tmp_path / "run", lm, encoder, dict(codec="toy"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    assert model.read_config(tmp_path / "run")["codec"] == "toy"
+    lm2, encoder2 = (
+        model.load_checkpoint(tmp_path / "run"),
+        model.load_text_encoder(tmp_path / "run"),
+    )
+    codes = torch.randint(50, (4, 1, 20))
+    with torch.no_grad():
+        assert (lm(codes, *encoder(CAPTIONS)) == lm2(codes, *encoder2(CAPTIONS))).all()
+
+
+def test_a_checkpoint_interrupted_between_its_two_renames_is_found(tmp_path):
+    lm, encoder = tiny()
+    model.save_checkpoint(tmp_path / "run", lm, encoder)
+    (tmp_path / "run").rename(tmp_path / "run.old")
+    model.load_checkpoint(tmp_path / "run")
+
+
+def test_broken_checkpoints_get_one_sentence(tmp_path):
+    lm, encoder = tiny()
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="no checkpoint"):
+        model.load_checkpoint(folder)
+    model.save_checkpoint(folder, lm, encoder)
+    good = (folder / "model.safetensors").read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "model.safetensors").write_bytes(good[: len(good) // 2])
+    with pytest.raises(ValueError, match="cut short"):
+        model.load_checkpoint(folder)
+    (folder / "model.safetensors").write_bytes(good)
+    config["model"]["d_model"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="another shape"):
+        model.load_checkpoint(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        model.load_checkpoint(folder)
+
+
+def test_impossible_shapes_get_one_sentence():
+    for options, match in [
+        (dict(variant="rnn"), "unknown variant"),
+        (dict(mixer="fft"), "unknown mixer"),
+        (dict(variant="mamba", mixer="einfft"), "goes with"),
+        (dict(headdim=60), "must divide"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            LMConfig(**options)

@@ -1,0 +1,384 @@
+"""Trains a language model: one loop, read from top to bottom.
+
+    python train.py --variant simba                          the toy world: a laptop, minutes, offline
+    python train.py --variant simba --preset paper --data data/jamendo
+    python train.py --resume out/simba                       goes on where it stopped
+
+A run is a folder: last/ and best/ (checkpoints, see model.py), log.jsonl, loss.png, and a sample.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import Clips
+from model import (
+    LMConfig,
+    MusicLM,
+    TextEncoder,
+    add_arguments,
+    entry,
+    load_checkpoint,
+    load_text_encoder,
+    read_config,
+    read_tensors,
+    save_checkpoint,
+)
+
+FRAME_RATE = 44100 / 512
+
+
+@dataclass
+class TrainConfig:
+    """How to train. The defaults are the paper's (SSMTTM, IV-A)."""
+
+    data: str = "toy"  # data folder made by data.py, or toy: the world that ships here
+    out: str = ""  # the run's folder; empty: out/VARIANT
+    text_encoder: str = "google/flan-t5-base"  # a published T5 (frozen), or small: trained along
+    steps: int = 100_000  # optimiser steps
+    seconds: float = 30.0  # length of a training clip
+    batch: int = 4  # clips in a micro-batch
+    accumulate: int = 32  # micro-batches in a step
+    crop: float = 30.0  # train on random crops of so many seconds at first, in larger batches
+    crop_until: float = 0.0  # share of the steps that use crops; the rest sees whole clips
+    lr: float = 1e-4  # learning rate after the warm-up; then a cosine to zero
+    warmup: int = 100  # steps of linear warm-up
+    beta2: float = 0.999  # AdamW's second beta
+    weight_decay: float = 2e-2  # on matrices only
+    clip: float = 1.0  # largest norm of the gradient
+    caption_dropout: float = 0.1  # captions replaced by nothing, for classifier-free guidance
+    seed: int = 0  # of parameters, data order, crops, captions and dropout
+    valid_every: int = 1000  # steps between validations; each is followed by a checkpoint
+    valid_clips: int = 256  # clips of a validation
+    device: str = ""  # cpu, cuda or mps; empty: the best there is
+
+
+PRESETS = {
+    "paper": {},
+    "toy": dict(
+        text_encoder="small", blocks=5, d_model=160, d_state=32, headdim=32, chunk=32, d_text=128,
+        attention_heads=5, dropout=0.0, trained_frames=960, steps=1500, seconds=862 / FRAME_RATE, crop=256 / FRAME_RATE,
+        crop_until=0.85, batch=5, accumulate=1, lr=2e-3, beta2=0.99, valid_every=250, valid_clips=64,
+    ),
+}  # fmt: skip
+
+
+def main():
+    model_config, config, run = parse_arguments()
+    torch.manual_seed(config.seed)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    resuming = (run / "last").exists() or (run / "last.old").exists()
+
+    # Data and model. A clip of the toy world has no caption but the factors to draw one from.
+    folder, describe = open_data(config.data)
+    train, valid = (Clips(folder, split, model_config.codebooks) for split in ("train", "valid"))
+    if resuming:
+        lm, encoder = load_checkpoint(run / "last"), load_text_encoder(run / "last")
+    else:
+        encoder = new_encoder(config.text_encoder)
+        model_config.d_text = encoder.d_text
+        lm = MusicLM(model_config)
+    lm.to(device).train()
+    encoder.to(device)
+    optimizer = make_optimizer(lm, encoder, config)
+    log = Log(run / "log.jsonl")
+    step, best = 0, math.inf
+    if resuming:
+        step, best = load_trainer(run / "last", lm, encoder, optimizer)
+        log.cut(step)
+    print_budget(lm, encoder, config, train, device)
+
+    def save(name):
+        extra = dict(train=asdict(config), step=step, best=best, codec=train.meta["codec"])
+        files = {"trainer.safetensors": trainer_state(lm, encoder, optimizer)}
+        save_checkpoint(run / name, lm, encoder, extra, files if name == "last" else None)
+
+    stop = []  # Ctrl-C and SIGTERM finish the step, then save
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(1))
+
+    started, first_step, bad, seen = time.time(), step, 0, 0
+    while step < config.steps:
+        frames, batch = shape_at(step, config)
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = 0.0
+        for micro in range(config.accumulate):
+            sample = (step * config.accumulate + micro) * 64  # 64: more than a micro-batch ever has
+            codes, captions = train.batch(
+                sample, batch, frames, config.seed, describe, config.caption_dropout
+            )
+            part = caption_loss(lm, encoder, codes.to(device), captions) / config.accumulate
+            part.backward()
+            loss += part.item()
+            seen += codes[:, 0].numel()
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for g in optimizer.param_groups for p in g["params"]], config.clip
+        ).item()
+        if math.isfinite(norm):
+            optimizer.step()
+            bad = 0
+        else:
+            bad += 1
+            print(f"step {step}: loss {loss}, gradient {norm}; step skipped")
+            if bad == 10:
+                raise ValueError(f"10 bad steps in a row; the last good checkpoint is {run}/last")
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        rate = seen / (time.time() - started)
+        log.write(step=step, loss=loss, norm=norm, lr=lr, frames=frames)
+        if step % 10 == 0 or step == config.steps:
+            left = (time.time() - started) / (step - first_step) * (config.steps - step)
+            print(
+                f"\rstep {step:6}/{config.steps}  loss {log.smooth():.3f}  lr {lr:.1e}  "
+                f"|g| {norm:5.2f}  {rate:7,.0f} tokens/s  {left / 60:5.1f} min left ",
+                end="",
+                flush=True,
+            )
+        if step % config.valid_every == 0 or step == config.steps or stop:
+            if not stop:
+                scores = validate(lm, encoder, valid, describe, config.valid_clips, device)
+                log.write(step=step, **scores)
+                print("\n  valid  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+                if scores["right"] < best:
+                    best = scores["right"]
+                    save("best")
+            save("last")
+            if stop:
+                print(f"\nstopped at step {step}; `python train.py --resume {run}` goes on")
+                sys.exit(130)
+
+    plot(log, run / "loss.png")
+    print(f"{run}: best validation loss {best:.3f} nats per token; curve in {run}/loss.png")
+    import sample
+
+    sample.main([*sample.SHOWCASE, "--checkpoint", str(run / "best"), "--out", str(run)])
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes and schedule [toy]")
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run's folder")
+    preset = PRESETS[parser.parse_known_args()[0].preset] if "-h" not in sys.argv else {}
+    add_arguments(parser.add_argument_group("model"), LMConfig, **preset)
+    add_arguments(parser.add_argument_group("training"), TrainConfig, **preset)
+    args = parser.parse_args()
+    pick = lambda kind: kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
+    if args.resume:
+        saved = read_config(Path(args.resume) / "last")
+        return LMConfig(**saved["model"]), TrainConfig(**saved["train"]), Path(args.resume)
+    model, config = pick(LMConfig), pick(TrainConfig)
+    name = model.variant + ("" if model.codebooks == 1 else f"-{model.codebooks}")
+    run = Path(config.out or f"out/{name}")
+    if (run / "last").exists():
+        raise ValueError(f"{run} holds a run: go on with --resume {run}, or choose another --out")
+    return model, config, run
+
+
+def open_data(name):
+    """-> the data folder, and describe(row, rng) -> caption."""
+    import toy
+
+    folder = toy.corpus() if name == "toy" else Path(name)
+
+    def describe(row, rng):
+        return toy.caption(row["factors"], rng) if "factors" in row else row["caption"]
+
+    return folder, describe
+
+
+def new_encoder(name):
+    if name != "small":
+        return TextEncoder.pretrained(name)
+    import toy
+
+    return TextEncoder.small(toy.TOKENIZER.read_text())
+
+
+def caption_loss(lm, encoder, codes, captions, reduction="mean"):
+    """Cross-entropy in nats per token of codes (B, K, L) given their captions."""
+    with autocast(codes.device):
+        with nullcontext() if encoder.trained else torch.no_grad():
+            text, mask = encoder(captions)
+        logits = lm(codes, text, mask)  # (B, K, L, V)
+    return F.cross_entropy(
+        logits.float().flatten(0, 2),
+        codes.flatten(),
+        ignore_index=lm.config.codebook_size,  # padding
+        reduction=reduction,
+    )
+
+
+def autocast(device):
+    """bf16 matrix products over fp32 parameters, where the hardware has them: pure bf16 weights
+    diverge (the steps of a slow learning rate are smaller than their last digit)."""
+    has = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=has)
+
+
+def shape_at(step, config):
+    """-> frames of a clip and clips of a micro-batch; crops come in as many more as they are
+    shorter. Short crops first: many small steps learn the local texture and, since a crop's first
+    second can be told from the text alone, the text; whole clips later teach the long run."""
+    whole, crop = (max(1, round(s * FRAME_RATE)) for s in (config.seconds, config.crop))
+    if step < config.crop_until * config.steps:
+        return crop, config.batch * whole // crop
+    return whole, config.batch
+
+
+def learning_rate(step, config):
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(lm, encoder, config):
+    """AdamW; weight decay for matrices only: not for biases, norms, A_log, D and dt_bias."""
+    named = named_parameters(lm, encoder)
+    decayed = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith("biases")]
+    rest = [p for name, p in named.items() if p.ndim < 2 or name.endswith("biases")]
+    groups = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=rest)]
+    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), weight_decay=0.0, fused=True)
+
+
+def named_parameters(lm, encoder):
+    named = {f"lm.{name}": p for name, p in lm.named_parameters()}
+    named |= {f"text.{name}": p for name, p in encoder.encoder.named_parameters()}
+    return {name: p for name, p in named.items() if p.requires_grad}
+
+
+@torch.no_grad()
+def validate(lm, encoder, clips, describe, count, device):
+    """Nats per token over whole clips with the right captions, with another clip's, with none; and
+    over their first second, where the text is all there is to go by ("1s")."""
+    lm.eval(), encoder.eval()
+    count, second = min(count, len(clips)), round(FRAME_RATE)
+    rows = range(count)
+    frames = max(clips.rows[i]["frames"] for i in rows)
+    captions = [describe(clips.rows[i], np.random.default_rng([17, i])) for i in rows]
+    others = {"right": captions, "shuffled": captions[1:] + captions[:1], "empty": [""] * count}
+    scores = {}
+    for kind, texts in others.items():
+        total, early = [], []
+        for i in range(0, count, 8):
+            part = range(i, min(i + 8, count))
+            codes = torch.from_numpy(np.stack([clips.codes(j, 0, frames) for j in part])).to(device)
+            losses = caption_loss(lm, encoder, codes, [texts[j] for j in part], "none").view_as(
+                codes
+            )
+            real = codes != lm.config.codebook_size
+            total.append((losses.sum().item(), real.sum().item()))
+            early.append((losses[..., :second].sum().item(), real[..., :second].sum().item()))
+        scores[kind], scores[kind + "_1s"] = (
+            sum(a for a, _ in pairs) / sum(b for _, b in pairs) for pairs in (total, early)
+        )
+    lm.train(), encoder.train(encoder.trained)
+    return scores
+
+
+def trainer_state(lm, encoder, optimizer):
+    """What resuming needs besides the weights: the optimiser's moments and the RNG of dropout."""
+    state = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    for name, p in named_parameters(lm, encoder).items():
+        state |= {f"{k}.{name}": v.detach().cpu() for k, v in optimizer.state[p].items()}
+    return state
+
+
+def load_trainer(folder, lm, encoder, optimizer):
+    state, config = read_tensors(folder / "trainer.safetensors"), read_config(folder)
+    for name, p in named_parameters(lm, encoder).items():
+        optimizer.state[p] = {
+            k: state[f"{k}.{name}"].to("cpu" if k == "step" else p.device)
+            for k in ("step", "exp_avg", "exp_avg_sq")
+        }
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return config["step"], config["best"]
+
+
+class Log:
+    """log.jsonl: a line a step, and one a validation."""
+
+    def __init__(self, path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = [json.loads(line) for line in open(path)] if path.exists() else []
+
+    def cut(self, step):
+        """Forgets what came after the checkpoint that a resumed run starts from."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        os.replace(temporary, self.path)
+
+    def write(self, **row):
+        self.rows.append(row)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def smooth(self, n=50):
+        losses = [row["loss"] for row in self.rows[-2 * n :] if "loss" in row][-n:]
+        return sum(losses) / len(losses)
+
+
+def print_budget(lm, encoder, config, clips, device):
+    parameters = sum(p.numel() for p in lm.parameters())
+    text = sum(p.numel() for p in encoder.parameters())
+    whole = round(config.seconds * FRAME_RATE)
+    tokens = config.steps * config.accumulate * config.batch * whole
+    flops = 6 * parameters * tokens
+    print(
+        f"{lm.config.variant}, {lm.config.blocks} blocks, {lm.config.codebooks} codebook(s): "
+        f"{parameters / 1e6:.2f} M parameters (text encoder {text / 1e6:.2f} M, "
+        f"{'trained along' if encoder.trained else 'frozen'}), on {device}\n"
+        f"{len(clips):,} clips; {config.steps:,} steps of about "
+        f"{config.accumulate * config.batch * whole:,} tokens: {tokens:.2e} tokens, "
+        f"6 x parameters x tokens = {flops:.1e} FLOPs "
+        f"(the paper's runs 1e19, MusicGen-small 1e20)"
+    )
+
+
+def plot(log, path):
+    """The loss curve: training, and validation with right, shuffled and no captions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [(row["step"], row["loss"]) for row in log.rows if "loss" in row]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
+    x, y = np.array(steps).T
+    n = min(50, len(y))
+    axes[0].plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), "0.6", lw=1, label="training")
+    for axis, suffix, title in zip(axes, ("", "_1s"), ("whole clips", "a clip's first second")):
+        for kind, color in (("right", "C0"), ("shuffled", "C1"), ("empty", "C2")):
+            points = [(r["step"], r[kind + suffix]) for r in log.rows if kind + suffix in r]
+            axis.plot(*zip(*points), "o-", color=color, ms=3, label=f"validation, {kind} captions")
+        axis.set(title=title, xlabel="step", ylabel="nats per token")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    entry(main)
