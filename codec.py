@@ -1,0 +1,448 @@
+"""The codec: between audio and the table of integers that the language models write.
+
+Ten seconds of audio become codes (9, 862): nine residual codebooks, 86.13 frames a second. The
+first codebook is a sketch of a frame's spectrum (loudness, timbre, rhythm), and each further one
+describes what those before it have missed. There are two codecs with one interface:
+
+  toy   made here, in a minute, from nothing but signal processing and k-means; ships in toy/codec
+  dac   the paper's: Descript's neural codec (arXiv 2306.06546), weights downloaded on first use
+
+How the toy codec works. It hears what a spectrogram shows: the power in `bands` frequency bands, in
+dB, for each frame of 512 samples. Encoding is residual quantisation; a level
+  1. projects the residual on its 8 leading principal components (`into`),
+  2. takes the nearest of 1024 vectors found by k-means (`entries`), whose index is the code,
+  3. maps the vectors of a frame and its two neighbours back to bands (`out`, least squares), which
+     smooths the quantisation noise over time, and leaves the rest to the next level.
+Decoding sums what the levels say, spreads bands over STFT bins, and finds a phase by fast
+Griffin-Lim (Perraudin et al. 2013), starting from sinusoids that run on from frame to frame.
+
+Long audio is decoded window by window (`decode_stream`). A window starts on the last frames of the
+one before, whose audio it is made to continue, so memory does not grow and no seam is heard.
+
+  B batch · T frames · S samples, T = ceil(S / 512) · k leading codebooks · D bands · F = 1025 bins
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+SAMPLE_RATE = 44100
+HOP = 512
+FRAME_RATE = SAMPLE_RATE / HOP  # 86.13 frames a second
+N_FFT = 4 * HOP
+STEP = 128  # frames (1.5 s) that a window of `decode_stream` adds
+FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
+
+# ----------------------------------------------------------------------------- spectrograms ----
+
+EDGE = (N_FFT - HOP) // 2  # frame t is the window centred on samples 512 t ... 512 t + 511
+HANN = torch.hann_window(N_FFT)
+FULL_SCALE = float(HANN.sum() / 2) ** 2  # power in the bin of a sine of amplitude 1: 0 dB
+
+
+def frames(audio):  # (B, S) -> (B, T, 2048), a view
+    length = -(-audio.shape[-1] // HOP) * HOP
+    return F.pad(audio, (EDGE, EDGE + length - audio.shape[-1])).unfold(-1, N_FFT, HOP)
+
+
+def stft(frames):  # (B, T, 2048) -> (B, T, F) complex
+    return torch.fft.rfft(frames * HANN.to(frames.device))
+
+
+def power(spectrum):  # |spectrum|^2; abs() would take a slow square root to be squared again
+    return spectrum.real.square() + spectrum.imag.square()
+
+
+def istft(spectrum):  # (B, T, F) complex -> (B, EDGE + 512 T + EDGE), least squares
+    T, hann = spectrum.shape[1], HANN.to(spectrum.device)
+    pieces = (torch.fft.irfft(spectrum, n=N_FFT) * hann).unflatten(-1, (4, HOP))  # (B, T, 4, 512)
+    weights = hann.square().view(4, HOP)
+    total, weight = pieces.new_zeros(len(pieces), T + 3, HOP), pieces.new_zeros(T + 3, HOP)
+    for i in range(4):
+        total[:, i : i + T] += pieces[:, :, i]
+        weight[i : i + T] += weights[i]
+    return (total / weight.clamp(min=1e-3)).flatten(1)
+
+
+def filterbank(bands, corner, low, high):
+    """-> (bands, F) triangles with peak 1, evenly spaced on the scale log(1 + f / corner), which is
+    linear below the corner and logarithmic above; 700 Hz is the mel scale (HTK's). A slope is at
+    least one bin wide, so that no band is empty."""
+    scale = np.linspace(np.log1p(low / corner), np.log1p(high / corner), bands + 2)
+    edges = corner * np.expm1(scale)
+    bin_width = SAMPLE_RATE / N_FFT
+    offset = np.arange(N_FFT // 2 + 1) * bin_width - edges[1:-1, None]  # (bands, F), Hz
+    slope = np.maximum(np.diff(edges), bin_width)[:, None]
+    triangles = 1 + np.minimum(offset / slope[:-1], -offset / slope[1:])
+    return torch.from_numpy(triangles).clamp(min=0).float()
+
+
+def band_power(audio, filters):
+    """(B, S) -> (B, T, D) mean power of each band, a sine of amplitude 1 being about 1. Blocks of
+    frames stay in the cache, and long audio needs little memory."""
+    filters = filters / filters.sum(1, keepdim=True) / FULL_SCALE
+    return torch.cat([power(stft(f)) @ filters.T for f in frames(audio).split(128, dim=1)], 1)
+
+
+def mel_spectrogram(audio, n_mels=128, relative=True):
+    """audio (B, S) -> (B, n_mels, T) in dB: mean power in each of `n_mels` triangles on the mel
+    scale from 0 to 22050 Hz, Hann window of 2048, hop 512, 0 dB a full-scale sine, -100 dB silence.
+    `relative` clamps each clip at 80 dB below its maximum."""
+    power = band_power(audio, filterbank(n_mels, 700.0, 0.0, SAMPLE_RATE / 2).to(audio.device))
+    mel = 10 * power.clamp(min=1e-10).log10().transpose(1, 2)
+    return mel.maximum(mel.amax((1, 2), keepdim=True) - 80) if relative else mel
+
+
+def mel_distance(reference, audio):
+    """Mean absolute difference in dB of the mel spectrograms of two batches (B, S), cut to the
+    shorter one; both are clamped at 80 dB below the maximum of the *reference* clip, so a wrong
+    loudness counts, and what is inaudible beside the music does not."""
+    length = min(reference.shape[-1], audio.shape[-1])
+    a, b = (mel_spectrogram(x[..., :length], relative=False) for x in (reference, audio))
+    floor = a.amax((1, 2), keepdim=True) - 80
+    return float((a.maximum(floor) - b.maximum(floor)).abs().mean())
+
+
+# ---------------------------------------------------------------------------- the toy codec ----
+
+
+def nearest_entry(vectors, entries):  # (n, 8), (1024, 8) -> (n,)
+    half = entries.square().sum(1) / 2  # |v - e|^2 / 2 = |v|^2 / 2 - v.e + |e|^2 / 2
+    return torch.cat(
+        [torch.addmm(half, v, entries.T, alpha=-1).argmin(1) for v in vectors.split(512)]
+    )
+
+
+def k_means(points, k, generator, rounds=15):
+    """(n, 8) -> (k, 8). Until the last rounds, centres that few points use restart elsewhere."""
+    pick = lambda count: points[torch.randint(len(points), (count,), generator=generator)]
+    centres = pick(k)
+    for i in range(rounds):
+        owner = nearest_entry(points, centres)
+        count = owner.bincount(minlength=k)
+        mean = torch.zeros_like(centres).index_add_(0, owner, points) / count.clamp(min=1)[:, None]
+        centres = torch.where(count[:, None] > 0, mean, centres)
+        idle = (count < 0.35 * len(points) / k).nonzero()[:, 0]
+        if i < rounds - 4:
+            centres[idle] = pick(len(idle))
+    return centres
+
+
+class ToyCodec(nn.Module):
+    name, sample_rate, hop, code_dim = "toy", SAMPLE_RATE, HOP, 8
+    overlap = 16  # frames that a window of `decode_stream` shares with the one before
+    floor = 1e-10  # added to the power: silence is -100 dB
+    rounds = 32  # of Griffin-Lim
+
+    def __init__(self, codebooks=9, codebook_size=1024, bands=160):
+        super().__init__()
+        self.codebooks, self.codebook_size = codebooks, codebook_size
+        self.register_buffer("mean", torch.zeros(bands))
+        self.register_buffer("into", torch.zeros(codebooks, bands, 8))
+        self.register_buffer("entries", torch.zeros(codebooks, codebook_size, 8))
+        self.register_buffer("out", torch.zeros(codebooks, 3 * 8, bands))  # frames t-1, t, t+1
+        filters = filterbank(bands, 300.0, 30.0, 20000.0)
+        self.register_buffer("filters", filters, persistent=False)
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, audio_clips, seed=0, **sizes):
+        """Clips (any length, 1-D) -> a codec. k-means sees 60,000 frames a level, least squares
+        all; every level is fitted to what the rounded (fp16, as stored) levels before it leave. One
+        frame in a hundred is silence, so that every level has an entry for it."""
+        codec, generator = cls(**sizes), torch.Generator().manual_seed(seed)
+        clips = (torch.as_tensor(clip, dtype=torch.float32)[None] for clip in audio_clips)
+        music = torch.cat([codec.features(clip)[0] for clip in clips])  # (T of all clips, D)
+        residual = torch.cat([music, torch.full_like(music[::100], 10 * math.log10(codec.floor))])
+        codec.mean.copy_(residual.mean(0).half())
+        residual -= codec.mean
+        for into, entries, out in zip(codec.into, codec.entries, codec.out):
+            sample = residual[torch.randperm(len(residual), generator=generator)[:60000]]
+            into.copy_(torch.linalg.eigh(sample.T @ sample).eigenvectors[:, -8:].half())
+            entries.copy_(k_means(sample @ into, len(entries), generator).half())
+            x = neighbours(entries[nearest_entry(residual @ into, entries)][None])[0]  # (T, 24)
+            gram = x.T @ x + 1e-5 * len(x) * torch.eye(x.shape[1])  # the ridge: for silent corpora
+            out.copy_(torch.linalg.solve(gram, x.T @ residual).half())
+            residual -= x @ out
+        return codec
+
+    def features(self, audio):  # (B, S) -> (B, T, D), dB
+        return 10 * (band_power(audio, self.filters) + self.floor).log10()
+
+    @torch.no_grad()
+    def encode(self, audio):
+        """audio (B, S) -> codes (B, 9, ceil(S / 512))"""
+        residual, codes = self.features(audio) - self.mean, []  # (B, T, D)
+        for into, entries, out in zip(self.into, self.entries, self.out):
+            code = nearest_entry((residual @ into).flatten(0, 1), entries)
+            codes.append(code.view(residual.shape[:2]))
+            residual = residual - neighbours(entries[codes[-1]]) @ out
+        return torch.stack(codes, 1)
+
+    def vectors(self, codes):
+        """codes (B, k, T) -> (B, k, 8, T), the codebook entries"""
+        return torch.stack([e[c].mT for e, c in zip(self.entries, codes.unbind(1))], 1)
+
+    def nearest(self, vectors, first=0):
+        """vectors (B, k, 8, T) of the codebooks from `first` on (from 0) -> codes (B, k, T)"""
+        pairs = zip(vectors.unbind(1), self.entries[first:])
+        found = [nearest_entry(v.mT.flatten(0, 1), e).view(len(v), -1) for v, e in pairs]
+        return torch.stack(found, 1)
+
+    def from_codes(self, codes):
+        """codes (B, k, T) of the k leading codebooks -> z (B, D, T), dB in each band"""
+        z = self.mean
+        for vectors, out in zip(self.vectors(codes).unbind(1), self.out):
+            z = z + neighbours(vectors.mT) @ out
+        return z.mT
+
+    def decode(self, z):
+        """z (B, D, T) -> audio (B, 512 T)"""
+        return torch.cat(list(overlapped(self, [z], lambda z: z)), -1)
+
+    @torch.no_grad()
+    def decode_window(self, z, before=None):
+        """z (B, D, T) -> audio (B, 512 T); `before` is the audio of its first frames, if known."""
+        filters, share = self.filters, self.filters.sum(0).clamp(min=1e-3)  # (D, F), (F,)
+        # Bands -> bins: the power that explains the bands, by multiplicative (EM) updates.
+        target = (10 ** (z.mT / 10) - self.floor).clamp(min=0) * FULL_SCALE * filters.sum(1)
+        missing = lambda bins: (target / (bins @ filters.T).clamp(min=1e-12)) @ filters / share
+        bins = (target / filters.sum(1)) @ filters / share  # (B, T, F)
+        for _ in range(8):
+            bins = bins * missing(bins)
+        magnitude = bins.sqrt()
+
+        start = None
+        if before is not None:
+            start = stft(F.pad(before, (EDGE, EDGE)).unfold(-1, N_FFT, HOP)[:, 3]).angle()
+        spectrum, last = torch.polar(magnitude, running_phase(magnitude, start)), None
+        for i in range(self.rounds):
+            audio = istft(spectrum)
+            audio[:, EDGE:-EDGE] = join(before, audio[:, EDGE:-EDGE], self.overlap)
+            now = stft(audio.unfold(-1, N_FFT, HOP))  # (B, T, F)
+            if i >= self.rounds // 2:  # magnitudes that fit the bands *and* the phase found so far
+                magnitude = (power(now) * missing(power(now)).clamp(max=100)).sqrt()
+            # Momentum 0.99. As pairs of reals, because complex arithmetic is several times slower.
+            pairs = torch.view_as_real(now)  # (B, T, F, 2)
+            ahead = pairs if last is None else torch.lerp(last, pairs, 1.99)
+            scale = magnitude / (power(torch.view_as_complex(ahead)) + 1e-16).sqrt()
+            spectrum, last = torch.view_as_complex(ahead * scale[..., None]), pairs
+        return istft(spectrum)[:, EDGE:-EDGE]
+
+    def save(self, folder):
+        """Writes model.safetensors (fp16: the values are rounded already) and config.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = dict(codebooks=self.codebooks, codebook_size=self.codebook_size)
+        config = dict(name=self.name, **sizes, bands=len(self.mean))
+        tensors = {key: value.half().contiguous() for key, value in self.state_dict().items()}
+        save_file(tensors, folder / ".model.part")
+        (folder / ".config.part").write_text(json.dumps(config, indent=1) + "\n")
+        os.replace(folder / ".model.part", folder / "model.safetensors")
+        os.replace(folder / ".config.part", folder / "config.json")
+
+    @classmethod
+    def load(cls, folder):
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            codec = cls(*(config[key] for key in ("codebooks", "codebook_size", "bands")))
+            codec.load_state_dict(load_file(folder / "model.safetensors"))
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"no codec in {folder}: {Path(error.filename or folder).name} is missing; "
+                "`git checkout -- toy/codec` restores the shipped one"
+            ) from None
+        except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"the codec in {folder} is damaged ({reason})") from None
+        return codec
+
+
+def neighbours(x):  # (B, T, 8) -> (B, T, 24): frames t-1, t, t+1
+    x = F.pad(x.mT, (1, 1), mode="replicate").mT
+    return torch.cat([x[:, :-2], x[:, 1:-1], x[:, 2:]], -1)
+
+
+def running_phase(magnitude, start=None):
+    """(B, T, F) -> phases (B, T, F) of sinusoids that run on: each bin turns at the frequency of
+    the nearest spectral peak (single-pass spectrogram inversion, Beauregard et al. 2015). `start`
+    (B, F) is the phase at frame 3, if known; else neighbouring bins alternate, as around a peak."""
+    bins = torch.arange(magnitude.shape[-1], device=magnitude.device, dtype=torch.float32)
+    padded = F.pad(magnitude, (1, 1))
+    left, right = padded[..., :-2], padded[..., 2:]
+    peak = (magnitude > left) & (magnitude >= right)
+    # A parabola through the peak and its neighbours gives the frequency between the bins.
+    curve = (left - 2 * magnitude + right).clamp(max=-1e-9)
+    frequency = bins + ((left - right) / curve / 2).clamp(-0.5, 0.5)  # (B, T, F), in bins
+    below = torch.where(peak, bins, -1e6).cummax(-1).values
+    above = -torch.where(peak, -bins, -1e6).flip(-1).cummax(-1).values.flip(-1)
+    closest = torch.where(bins - below <= above - bins, below, above).clamp(0, bins[-1])
+    turn = frequency.gather(-1, closest.long()) * (2 * math.pi * HOP / N_FFT)
+    phase = turn.remainder(2 * math.pi).cumsum(1)
+    return phase + ((bins % 2) * math.pi if start is None else start - phase[:, 3])[..., None, :]
+
+
+# ------------------------------------------------------------------- audio of any length ----
+
+
+def join(before, audio, overlap):
+    """Cross-fades from `before` (B, 512 overlap) to `audio` within four frames about the middle of
+    the overlap: sooner the new audio lacks what went before, later the old lacks what follows."""
+    if before is None:
+        return audio
+    length = min(overlap * HOP, audio.shape[-1])
+    ramp = torch.arange(length, device=audio.device)
+    weight = ((overlap / 2 + 2) * HOP - ramp).div(4 * HOP).clamp(0, 1)
+    head = torch.lerp(audio[:, :length], before[:, :length], weight)
+    return torch.cat([head, audio[:, length:]], -1)
+
+
+@torch.no_grad()
+def overlapped(codec, pieces, to_z):
+    """Pieces (B, ..., t) of codes or z, cut anywhere -> audio (B, samples), a window at a time. The
+    windows depend on the total only, so however the pieces are cut, the audio is the same."""
+    held, before, window = None, None, STEP + codec.overlap
+    for piece in pieces:
+        held = piece if held is None else torch.cat([held, piece], -1)
+        while held.shape[-1] > window:
+            audio = codec.decode_window(to_z(held[..., :window]), before)
+            audio = join(before, audio, codec.overlap)
+            yield audio[:, : STEP * HOP]
+            held, before = held[..., STEP:], audio[:, STEP * HOP :]
+    if held is not None and held.shape[-1]:
+        yield join(before, codec.decode_window(to_z(held), before), codec.overlap)
+
+
+def decode_stream(codec, code_chunks):
+    """An iterable of codes (k, t), of any sizes -> yields audio (samples,), 1.5 s at a time, in
+    constant memory. The same codes give the same bytes, however they are cut into chunks."""
+    for audio in overlapped(codec, (chunk[None] for chunk in code_chunks), codec.from_codes):
+        yield audio[0]
+
+
+# ------------------------------------------------------------------------- the paper's codec ----
+
+
+class DACCodec(nn.Module):
+    """DAC behind the same interface. `model` is dac.DAC or transformers' DacModel: they name their
+    parts alike. Codes are the same as theirs; `decode` of long audio goes window by window."""
+
+    name, sample_rate, hop = "dac", SAMPLE_RATE, HOP
+    overlap = 32  # frames: the decoder's receptive field is some ten frames to either side
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.quantizers = model.quantizer.quantizers
+        self.codebooks = len(self.quantizers)
+        self.codebook_size, self.code_dim = self.quantizers[0].codebook.weight.shape
+
+    @torch.no_grad()
+    def encode(self, audio):  # (B, S) -> (B, 9, T)
+        audio = F.pad(audio, (0, -audio.shape[-1] % HOP))
+        residual, codes = self.model.encoder(audio[:, None]), []  # (B, hidden, T)
+        for i, quantizer in enumerate(self.quantizers):
+            codes.append(self.nearest(quantizer.in_proj(residual)[:, None], first=i))
+            residual = residual - quantizer.out_proj(self._entry(quantizer, codes[-1][:, 0]))
+        return torch.cat(codes, 1)
+
+    def _entry(self, quantizer, code):  # (B, T) -> (B, 8, T)
+        return F.embedding(code, quantizer.codebook.weight).mT
+
+    def vectors(self, codes):  # (B, k, T) -> (B, k, 8, T)
+        pairs = zip(self.quantizers, codes.unbind(1))
+        return torch.stack([self._entry(quantizer, code) for quantizer, code in pairs], 1)
+
+    def nearest(self, vectors, first=0):  # (B, k, 8, T) -> (B, k, T); DAC compares directions
+        pairs = zip(vectors.unbind(1), self.quantizers[first:])
+        similar = [F.normalize(q.codebook.weight) @ F.normalize(v, dim=1) for v, q in pairs]
+        return torch.stack([s.argmax(1) for s in similar], 1)
+
+    @torch.no_grad()
+    def from_codes(self, codes):  # (B, k, T) -> (B, hidden, T)
+        pairs = zip(self.quantizers, self.vectors(codes).unbind(1))
+        return sum(quantizer.out_proj(vectors) for quantizer, vectors in pairs)
+
+    def decode(self, z):  # (B, hidden, T) -> (B, 512 T)
+        return torch.cat(list(overlapped(self, [z], lambda z: z)), -1)
+
+    @torch.no_grad()
+    def decode_window(self, z, before=None):  # needs no `before`: the overlap holds the context
+        return self.model.decoder(z)[:, 0]
+
+
+def load_codec(name="toy", folder=None):
+    """ "toy" from the repository or from `folder`; "dac" from the net, or from a `folder` with
+    Hugging Face's copy."""
+    if name == "toy":
+        return ToyCodec.load(folder or Path(__file__).parent / "toy" / "codec")
+    if name != "dac":
+        raise ValueError(f"unknown codec {name!r}: choose toy or dac")
+    try:
+        if folder is None:
+            import dac  # descript-audio-codec; with a broken torchaudio this is not an ImportError
+
+            return DACCodec(dac.DAC.load(str(dac.utils.download("44khz"))))
+    except (ImportError, OSError, RuntimeError):
+        pass  # the same weights through transformers
+    from transformers import DacModel
+
+    try:
+        return DACCodec(DacModel.from_pretrained(folder or "descript/dac_44khz"))
+    except OSError:
+        raise ValueError(
+            f"no DAC weights in {folder or 'huggingface.co/descript/dac_44khz'}: download its"
+            " config.json and model.safetensors from there and give their folder as `folder`"
+        ) from None
+
+
+# -------------------------------------------------------------------------------- audio files ----
+
+
+def read_audio(path):
+    """Any file that libsndfile reads -> (1, S) float32, mono, 44.1 kHz."""
+    import soundfile
+    from scipy.signal import resample_poly
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        audio, rate = soundfile.read(str(path), dtype="float32", always_2d=True)  # (S, channels)
+    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is not readable audio: {error}") from None
+    audio = audio.mean(1)
+    if not len(audio):
+        raise ValueError(f"{path} holds no samples")
+    if not np.isfinite(audio).all():
+        raise ValueError(f"{path} holds samples that are not numbers")
+    if rate != SAMPLE_RATE:
+        common = math.gcd(rate, SAMPLE_RATE)
+        audio = resample_poly(audio, SAMPLE_RATE // common, rate // common)
+    return torch.from_numpy(np.ascontiguousarray(audio, dtype=np.float32))[None]
+
+
+def write_audio(path, audio):
+    """audio (S,) or (1, S) -> a mono .wav, .flac or .ogg file that appears once it is complete."""
+    import soundfile
+
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
+    audio = np.clip(np.asarray(audio, dtype=np.float32).reshape(-1), -1, 1)
+    temporary, kind = path.with_name(f".{path.name}.part"), FORMATS[path.suffix.lower()]
+    try:
+        with soundfile.SoundFile(temporary, "w", SAMPLE_RATE, 1, format=kind) as file:
+            for start in range(0, len(audio), SAMPLE_RATE):  # libsndfile's Vorbis fails on one
+                file.write(audio[start : start + SAMPLE_RATE])  # large write
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
