@@ -205,7 +205,9 @@ class ToyCodec(nn.Module):
         return z.mT
 
     def decode(self, z):
-        """z (B, D, T) -> audio (B, 512 T)"""
+        """z (B, D, T) -> audio (B, 512 T), by the windows of `decode_stream`. Beyond the first
+        window the two have the same spectrum, not the same waveform: Griffin-Lim amplifies the
+        last digits, and a stream cannot see the frame that follows a window."""
         return torch.cat(list(overlapped(self, [z], lambda z: z)), -1)
 
     @torch.no_grad()

@@ -914,8 +914,8 @@ def main():
     c.add_argument("--out", default="toy-clips", help="folder for the wav files")
     c.set_defaults(run=listen)
     c = commands.add_parser("build", help=build.__doc__)
-    c.add_argument("--clips", type=int, default=5000, help="clips of the corpus [5000]")
-    c.add_argument("--full", type=int, default=1000, help="clips with all nine codebooks [1000]")
+    c.add_argument("--clips", type=int, default=6144, help="clips of the corpus [6144]")
+    c.add_argument("--full", type=int, default=1024, help="clips with all nine codebooks [1024]")
     c.add_argument(
         "--codec-clips", type=int, default=320, help="clips the codec is fitted to [320]"
     )

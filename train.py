@@ -1,6 +1,6 @@
 """Trains a language model: one loop, read from top to bottom.
 
-    python train.py --variant simba                          the toy world: a laptop, minutes, offline
+    python train.py --variant simba                      the toy world: a laptop, minutes, offline
     python train.py --variant simba --preset paper --data data/jamendo
     python train.py --resume out/simba                       goes on where it stopped
 
@@ -68,8 +68,9 @@ PRESETS = {
     "paper": {},
     "toy": dict(
         text_encoder="small", blocks=5, d_model=160, d_state=32, headdim=32, chunk=32, d_text=128,
-        attention_heads=5, dropout=0.0, trained_frames=960, steps=1500, seconds=862 / FRAME_RATE, crop=256 / FRAME_RATE,
-        crop_until=0.85, batch=5, accumulate=1, lr=2e-3, beta2=0.99, valid_every=250, valid_clips=64,
+        attention_heads=5, dropout=0.0, trained_frames=960, steps=1500, seconds=862 / FRAME_RATE,
+        crop=256 / FRAME_RATE, crop_until=0.85, batch=5, accumulate=1, lr=2e-3, beta2=0.99,
+        valid_every=250, valid_clips=64,
     ),
 }  # fmt: skip
 
@@ -90,7 +91,7 @@ def main():
         model_config.d_text = encoder.d_text
         lm = MusicLM(model_config)
     lm.to(device).train()
-    encoder.to(device)
+    encoder.to(device).train(encoder.trained)
     optimizer = make_optimizer(lm, encoder, config)
     log = Log(run / "log.jsonl")
     step, best = 0, math.inf
@@ -116,9 +117,9 @@ def main():
             group["lr"] = lr
         loss = 0.0
         for micro in range(config.accumulate):
-            sample = (step * config.accumulate + micro) * 64  # 64: more than a micro-batch ever has
+            first = samples_before(step, config) + micro * batch
             codes, captions = train.batch(
-                sample, batch, frames, config.seed, describe, config.caption_dropout
+                first, batch, frames, config.seed, describe, config.caption_dropout
             )
             part = caption_loss(lm, encoder, codes.to(device), captions) / config.accumulate
             part.backward()
@@ -239,6 +240,13 @@ def shape_at(step, config):
     if step < config.crop_until * config.steps:
         return crop, config.batch * whole // crop
     return whole, config.batch
+
+
+def samples_before(step, config):
+    """The number of the first sample of a step: every clip is seen once before any is again."""
+    cropped = min(step, math.ceil(config.crop_until * config.steps))
+    clips = cropped * shape_at(0, config)[1] + (step - cropped) * config.batch
+    return config.accumulate * clips
 
 
 def learning_rate(step, config):

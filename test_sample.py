@@ -1,0 +1,114 @@
+"""Playing the shipped model: any length, any format, the same audio for the same seed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+ROOT = Path(__file__).parent
+
+
+def sample(*args, cwd, binary=False):
+    command = [sys.executable, str(ROOT / "sample.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=not binary, cwd=cwd)
+
+
+def test_words_in_music_out(tmp_path):
+    done = sample("jazz reggae", "--seconds", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["jazz-reggae.png", "jazz-reggae.wav"]
+    audio, rate = soundfile.read(tmp_path / "jazz-reggae.wav")
+    assert rate == 44100 and len(audio) == round(3 * 44100 / 512) * 512
+    assert 0.02 < np.sqrt(np.mean(audio**2)) < 0.5 and np.abs(audio).max() <= 1
+    assert "toy/lm" in done.stdout  # it says which checkpoint it plays
+
+
+def test_same_seed_same_bytes_alone_and_in_a_batch_of_four(tmp_path):
+    (tmp_path / "prompts.txt").write_text("sad blues\n\nslow piano waltz\ntechno\njazz\n")
+    options = ["--seconds", 4, "--seed", 7, "--out", "."]
+    assert sample("--file", "prompts.txt", *options, cwd=tmp_path).returncode == 0
+    together = (tmp_path / "slow-piano-waltz.wav").read_bytes()
+    other = (tmp_path / "techno.wav").read_bytes()
+    assert sample("slow piano waltz", *options, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "slow-piano-waltz.wav").read_bytes() == together != other
+
+
+def test_n_samples_are_those_of_n_seeds_and_formats_follow_the_extension(tmp_path):
+    assert sample("jazz", "--n", 2, "--seconds", 1, "--out", "x.flac", cwd=tmp_path).returncode == 0
+    assert (
+        sample("jazz", "--seed", 1, "--seconds", 1, "--out", "y.flac", cwd=tmp_path).returncode == 0
+    )
+    a, b, c = (soundfile.read(tmp_path / n)[0] for n in ("x-0.flac", "x-1.flac", "y.flac"))
+    assert (b == c).all() and (a != b).any()
+    assert sample("jazz", "--seconds", 1, "--out", "z.ogg", cwd=tmp_path).returncode == 0
+    assert soundfile.info(tmp_path / "z.ogg").format == "OGG"
+
+
+def test_a_continuation_begins_with_what_it_continues(tmp_path):
+    sample("techno", "--seconds", 3, "--out", "a.wav", cwd=tmp_path)
+    done = sample("techno", "--continue", "a.wav", "--seconds", 2, "--out", "b.wav", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    a, b = (soundfile.read(tmp_path / f)[0] for f in ("a.wav", "b.wav"))
+    assert len(b) == len(a) + round(2 * 44100 / 512) * 512
+    loudness = lambda x: np.log(
+        np.square(x[: len(x) // 4096 * 4096]).reshape(-1, 4096).mean(1) + 1e-6
+    )
+    assert np.corrcoef(loudness(a)[:-2], loudness(b[: len(a)])[:-2])[0, 1] > 0.8
+
+
+def test_streaming_gives_the_audio_of_the_file(tmp_path):
+    sample("house", "--seconds", 3, "--out", "a.wav", cwd=tmp_path)
+    done = sample("house", "--seconds", 3, "--stream", cwd=tmp_path, binary=True)
+    streamed = np.frombuffer(done.stdout, "<i2") / 32768
+    written = soundfile.read(tmp_path / "a.wav")[0]
+    assert len(streamed) == len(written)
+    assert np.abs(streamed - written).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ([], "say what to play"),
+        (["   "], "say what to play"),
+        (["jazz", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
+        (["jazz", "--checkpoint", "model.ckpt"], "no checkpoint at model.ckpt"),
+        (["jazz", "--out", "x.mp4"], "must be one of"),
+        (["jazz", "--seconds", "0"], "--seconds must be greater"),
+        (["jazz", "--temperature", "0"], "--temperature must be greater"),
+        (["jazz", "--continue", "text.wav"], "not readable audio"),
+        (["jazz", "--continue", "none.wav"], "no such file"),
+        (["--file", "none.txt"], "could not be read"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tmp_path, options, sentence):
+    (tmp_path / "text.wav").write_text("no audio")
+    (tmp_path / "model.ckpt").write_bytes(b"not a checkpoint")
+    before = set(tmp_path.iterdir())
+    done = sample(*options, cwd=tmp_path)
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_prompt_longer_than_the_encoder_takes_is_cut_with_a_word(tmp_path):
+    done = sample("jazz " * 500, "--seconds", 1, "--out", "x.wav", cwd=tmp_path)
+    assert done.returncode == 0 and "cut to its first" in done.stdout
+
+
+def test_memory_does_not_grow_with_length(tmp_path):
+    """Peak memory of a child process; `python bench.py` measures 600 s against 10 s."""
+    peaks = []
+    for seconds in (8, 60):
+        command = [sys.executable, str(ROOT / "sample.py"), "jazz", "--out", "x.wav"]
+        script = (
+            "import resource, subprocess, sys;"
+            f"subprocess.run({[*command, '--seconds', str(seconds)]!r}, check=True);"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+        )
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] <= 1.05 * peaks[0]

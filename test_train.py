@@ -1,0 +1,172 @@
+"""Training: it learns, it can be stopped anywhere, and what goes wrong is said in one sentence."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from model import load_checkpoint, read_config, read_tensors
+from test_data import some_clips
+from train import PRESETS, TrainConfig, learning_rate, shape_at
+
+ROOT = Path(__file__).parent
+TINY = """--preset toy --blocks 1 --d-model 32 --d-state 8 --headdim 16 --attention-heads 4
+ --seconds 0.4 --crop 0.2 --batch 2 --valid-every 4 --valid-clips 2 --warmup 2""".split()
+
+
+@pytest.fixture
+def data(tmp_path):
+    from test_data import CODEC, Writer
+
+    Writer(tmp_path / "data", CODEC).add(some_clips(20))
+    return tmp_path / "data"
+
+
+def run(*args, wait=True, cwd=None):
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd
+    )
+    if not wait:
+        return process
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in open(folder / "log.jsonl")]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("variant", ["simba", "transformer"])
+def test_a_resumed_run_has_the_losses_of_one_never_stopped(tmp_path, data, variant):
+    options = ["--variant", variant, "--data", data, "--dropout", "0.3", *TINY]
+    code, out, err = run(*options, "--steps", 12, "--out", tmp_path / "whole")
+    assert code == 0, err
+    assert "parameters" in out and "FLOPs" in out and "valid" in out
+    assert (tmp_path / "whole/loss.png").stat().st_size > 1000
+    assert list((tmp_path / "whole").glob("*.wav")), "a finished run plays something"
+
+    stopped = run(*options, "--steps", 12, "--out", tmp_path / "cut", wait=False)
+    while not (tmp_path / "cut/log.jsonl").exists() or len(losses(tmp_path / "cut")) < 2:
+        time.sleep(0.02)
+        assert stopped.poll() is None, stopped.communicate()
+    stopped.send_signal(signal.SIGTERM)
+    out, err = stopped.communicate()
+    if stopped.returncode == 130:  # else it was quicker than the signal
+        assert "--resume" in out
+        assert len(losses(tmp_path / "cut")) == read_config(tmp_path / "cut/last")["step"] < 12
+        code, _, err = run("--resume", tmp_path / "cut")
+        assert code == 0, err
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = (read_tensors(tmp_path / f / "last/model.safetensors") for f in ("whole", "cut"))
+    assert all((whole[k] == cut[k]).all() for k in whole)
+
+
+def test_nine_codebooks_train_and_play(tmp_path, data):
+    code, _, err = run(
+        "--codebooks", 9, "--data", data, *TINY, "--steps", 4, "--out", tmp_path / "r"
+    )
+    assert code == 0, err
+    assert load_checkpoint(tmp_path / "r/best").config.codebooks == 9
+
+
+def test_a_batch_is_learned_by_heart():
+    from test_model import CAPTIONS, tiny
+
+    lm, encoder = tiny(dropout=0.0)
+    codes = torch.randint(50, (4, 1, 16), generator=torch.Generator().manual_seed(0))
+    optimizer = train.make_optimizer(lm, encoder, TrainConfig(lr=1e-2))
+    first = None
+    for _ in range(60):
+        loss = train.caption_loss(lm, encoder, codes, CAPTIONS)
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1 * first
+
+
+def test_weight_decay_spares_vectors_and_biases():
+    from test_model import tiny
+
+    lm, encoder = tiny(mixer="einfft")
+    decayed, rest = train.make_optimizer(lm, encoder, TrainConfig()).param_groups
+    names = {id(p): n for n, p in train.named_parameters(lm, encoder).items()}
+    spared = {names[id(p)].rsplit(".", 1)[-1] for p in rest["params"]}
+    assert {"A_log", "D", "dt_bias", "bias", "biases"} <= spared
+    assert all(p.ndim >= 2 for p in decayed["params"]) and decayed["weight_decay"] == 2e-2
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    config = TrainConfig(steps=1000, warmup=100, lr=1.0)
+    assert learning_rate(0, config) == pytest.approx(0.01)
+    assert learning_rate(100, config) == pytest.approx(1.0)
+    assert learning_rate(550, config) == pytest.approx(0.5)
+    assert learning_rate(999, config) < 1e-5
+
+
+def test_crops_then_whole_clips_at_equal_tokens():
+    config = TrainConfig(steps=100, seconds=10.0, crop=2.5, crop_until=0.8, batch=4)
+    frames, clips = shape_at(0, config)
+    assert (frames, clips) == (215, 16)
+    assert shape_at(79, config) == (215, 16) and shape_at(80, config) == (861, 4)
+
+
+def test_samples_are_counted_without_gaps():
+    config = TrainConfig(steps=10, seconds=10.0, crop=2.5, crop_until=0.75, batch=4, accumulate=3)
+    first = 0
+    for step in range(10):
+        assert train.samples_before(step, config) == first
+        first += 3 * shape_at(step, config)[1]
+
+
+def test_presets_name_real_options():
+    from dataclasses import fields
+
+    known = {f.name for kind in (train.LMConfig, TrainConfig) for f in fields(kind)}
+    assert all(set(preset) <= known for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--variant", "rnn"], "unknown variant"),
+        (["--data", "nowhere"], "no data at nowhere"),
+        (["--resume", "nowhere"], "no checkpoint at nowhere"),
+        (["--preset", "huge"], "invalid choice"),
+        (["--text-encoder", "no/such-t5", "--data", "{data}"], "text encoder no/such-t5"),
+    ],
+)
+def test_bad_options_get_one_sentence(tmp_path, data, options, sentence):
+    options = [o.format(data=data) for o in options]
+    code, _, err = run(*options, "--steps", 1, cwd=tmp_path)
+    assert code == 2 and sentence in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_overwritten(tmp_path, data):
+    (tmp_path / "run/last").mkdir(parents=True)
+    code, _, err = run("--data", data, "--out", tmp_path / "run")
+    assert code == 2 and "--resume" in err
+
+
+def test_help_teaches():
+    code, out, _ = run("--help")
+    assert code == 0
+    for words in ("learning rate", "codebooks modelled", "columns of each head's state"):
+        assert words in out
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, data):
+    code, out, err = run(
+        "--data", data, *TINY, "--steps", 30, "--lr", "nan", "--valid-every", 100,
+        "--out", tmp_path / "r",
+    )  # fmt: skip
+    assert code == 2 and "10 bad steps" in err and out.count("skipped") == 10
