@@ -154,8 +154,8 @@ def follow(checkpoint, count):
         right = judge(listener, codec, codes, factors)
         asked = {
             "genre": np.ones(len(factors), bool),
-            "lead": np.array([mentions(c, toy.LEADS[f["lead"]][3]) for c, f in zip(captions, factors)]),
-            "mood": np.array([mentions(c, toy.MOODS[f["mood"]].words) for c, f in zip(captions, factors)]),
+            "lead": mentioned(captions, [toy.LEADS[f["lead"]][3] for f in factors]),
+            "mood": mentioned(captions, [toy.MOODS[f["mood"]].words for f in factors]),
             "tempo": np.array([bool(re.search(r"\d+ (bpm|beats)", c, re.I)) for c in captions]),
         }  # fmt: skip
         rows.append((f"{checkpoint}, {length}", right, asked))
@@ -165,8 +165,9 @@ def follow(checkpoint, count):
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-def mentions(caption, words):
-    return any(word in caption.lower() for word in words)
+def mentioned(captions, words):
+    """Which captions use any of their words."""
+    return np.array([any(w in c.lower() for w in ws) for c, ws in zip(captions, words)])
 
 
 def main():

@@ -575,11 +575,11 @@ class TextEncoder(nn.Module):
     def too_long(self, caption):
         return len(self.tokenizer(caption).input_ids) > self.max_tokens
 
-    def forward(self, captions: list[str], pad_to=None):
-        """pad_to: S, at least that of the longest caption; None for just that."""
+    def forward(self, captions: list[str], multiple=1):
+        """multiple: S is rounded up to a multiple of this (at most to max_tokens)."""
         batch = self.tokenizer(
             captions, truncation=True, max_length=self.max_tokens, return_tensors="pt",
-            padding="max_length" if pad_to else True,
+            padding=True, pad_to_multiple_of=min(multiple, self.max_tokens),
         ).to(self.encoder.device)  # fmt: skip
         mask = batch.attention_mask
         return self.encoder(input_ids=batch.input_ids, attention_mask=mask)[0], mask.bool()
@@ -644,10 +644,10 @@ def _generate_lanes(
     rows, K, device = len(prompts), len(lm.heads), next(lm.parameters()).device
     codes, fill = codes.to(device), lanes - rows
     room = frames + K - 1
-    pad_to = None if lm.config.prefix else encoder.max_tokens  # cross-attention sees one width
+    width = 1 if lm.config.prefix else encoder.max_tokens  # cross-attention sees one width
 
     def read(prompt, row):
-        return lm.prefill(*encoder([prompt], pad_to), codes[row : row + 1], room)
+        return lm.prefill(*encoder([prompt], width), codes[row : row + 1], room)
 
     first = [read(prompt, row) for row, prompt in enumerate(prompts)]
     first += first[:1] * fill

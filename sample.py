@@ -49,9 +49,8 @@ def main(argv=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm.to(device), encoder.to(device)
     say = lambda text: print(text, file=sys.stderr if args.stream else sys.stdout)
-    say(
-        f"{folder}: {lm.config.variant}, {lm.config.blocks} blocks, {lm.config.codebooks} codebook(s)"
-    )
+    shape = f"{lm.config.blocks} blocks, {lm.config.codebooks} codebook(s)"
+    say(f"{folder}: {lm.config.variant}, {shape}")
     for prompt in prompts:
         if encoder.too_long(prompt):
             say(f"the prompt is cut to its first {encoder.max_tokens} tokens: {prompt[:60]}...")

@@ -30,7 +30,7 @@ def tokenizer_json():
 
 
 def tiny(variant="simba", dtype=torch.float32, **options):
-    """A random model small enough for a test, and an encoder; outputs made large enough to matter."""
+    """A random model small enough for a test, and an encoder; its outputs are made large."""
     torch.manual_seed(0)
     config = dict(blocks=2, d_model=32, d_state=8, headdim=16, chunk=8, d_text=64, dropout=0.0)
     config |= dict(attention_heads=4, codebook_size=50, trained_frames=64)
@@ -65,7 +65,7 @@ def test_parameter_counts_at_paper_size(options, millions):
 @pytest.mark.parametrize("variant, codebooks, mixer", VARIANTS)
 @torch.no_grad()
 def test_step_equals_forward_for_every_variant(variant, codebooks, mixer):
-    """1,000 tokens, the first 10 read by forward, the others one at a time from the state it left."""
+    """1,000 tokens: forward reads the first 10, step the others, from the state it left."""
     lm, encoder = tiny(variant, codebooks=codebooks, mixer=mixer)
     text, mask = encoder(CAPTIONS[:3])
     codes = torch.randint(50, (3, codebooks, 1000))

@@ -61,6 +61,7 @@ class TrainConfig:
     seed: int = 0  # of parameters, data order, crops, captions and dropout
     valid_every: int = 1000  # steps between validations; each is followed by a checkpoint
     valid_clips: int = 256  # clips of a validation
+    compile: bool = True  # torch.compile: half as fast again, after a minute or two of its own
     device: str = ""  # cpu, cuda or mps; empty: the best there is
 
 
@@ -70,13 +71,13 @@ PRESETS = {
         text_encoder="small", blocks=5, d_model=160, d_state=32, headdim=32, chunk=32, d_text=128,
         attention_heads=5, dropout=0.0, trained_frames=960, steps=1500, seconds=862 / FRAME_RATE,
         crop=256 / FRAME_RATE, crop_until=0.85, batch=5, accumulate=1, lr=2e-3, beta2=0.99,
-        valid_every=250, valid_clips=64,
+        valid_every=250, valid_clips=64, compile=False,
     ),
 }  # fmt: skip
 
 
-def main():
-    model_config, config, run = parse_arguments()
+def main(argv=None):
+    model_config, config, run = parse_arguments(argv)
     torch.manual_seed(config.seed)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     resuming = (run / "last").exists() or (run / "last.old").exists()
@@ -109,6 +110,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(1))
 
+    forward = torch.compile(lm, dynamic=False) if config.compile else lm
     started, first_step, bad, seen = time.time(), step, 0, 0
     while step < config.steps:
         frames, batch = shape_at(step, config)
@@ -121,7 +123,7 @@ def main():
             codes, captions = train.batch(
                 first, batch, frames, config.seed, describe, config.caption_dropout
             )
-            part = caption_loss(lm, encoder, codes.to(device), captions) / config.accumulate
+            part = caption_loss(forward, encoder, codes.to(device), captions) / config.accumulate
             part.backward()
             loss += part.item()
             seen += codes[:, 0].numel()
@@ -169,16 +171,19 @@ def main():
     sample.main([*sample.SHOWCASE, "--checkpoint", str(run / "best"), "--out", str(run)])
 
 
-def parse_arguments():
+def parse_arguments(argv):
+    first = argparse.ArgumentParser(add_help=False)  # the preset decides the others' defaults
+    first.add_argument("--preset", default="toy", choices=PRESETS, help="sizes and schedule [toy]")
+    first.add_argument("--resume", metavar="RUN", help="go on with this run's folder")
+    preset = PRESETS[first.parse_known_args(argv)[0].preset]
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[first],
     )
-    parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes and schedule [toy]")
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run's folder")
-    preset = PRESETS[parser.parse_known_args()[0].preset] if "-h" not in sys.argv else {}
     add_arguments(parser.add_argument_group("model"), LMConfig, **preset)
     add_arguments(parser.add_argument_group("training"), TrainConfig, **preset)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     pick = lambda kind: kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
     if args.resume:
         saved = read_config(Path(args.resume) / "last")
@@ -215,7 +220,7 @@ def caption_loss(lm, encoder, codes, captions, reduction="mean"):
     """Cross-entropy in nats per token of codes (B, K, L) given their captions."""
     with autocast(codes.device):
         with nullcontext() if encoder.trained else torch.no_grad():
-            text, mask = encoder(captions)
+            text, mask = encoder(captions, multiple=64)  # few shapes, for torch.compile
         logits = lm(codes, text, mask)  # (B, K, L, V)
     return F.cross_entropy(
         logits.float().flatten(0, 2),
