@@ -185,8 +185,8 @@ class Mamba2(nn.Module):
 
     def forward(self, h, context):
         z, xBC, dt = self.in_proj(h).split(self.sizes, -1)
-        # Padding must leave no trace: nothing into the convolution, nothing of its bias out of it,
-        # and no time passes (dt = 0) while the state looks at padding.
+        # Padding must leave no trace: nothing of it enters the convolution, and no time passes
+        # (dt = 0), so that the state neither fades nor takes anything in.
         mask = None if context.mask is None else context.mask[..., None]  # (B, L, 1)
         xBC = xBC if mask is None else xBC * mask
         xBC = F.pad(
@@ -194,7 +194,6 @@ class Mamba2(nn.Module):
         )  # causal: zeros before, not after
         conv_state = xBC[:, 1 - self.conv1d.kernel_size[0] :].clone()
         xBC = F.silu(self.conv1d(xBC.mT).mT)  # (B, L, H P + 2 N)
-        xBC = xBC if mask is None else xBC * mask
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], -1)
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (B, L, H), fp32
         dt = dt if mask is None else dt * mask

@@ -220,7 +220,8 @@ def caption_loss(lm, encoder, codes, captions, reduction="mean"):
     """Cross-entropy in nats per token of codes (B, K, L) given their captions."""
     with autocast(codes.device):
         with nullcontext() if encoder.trained else torch.no_grad():
-            text, mask = encoder(captions, multiple=64)  # few shapes, for torch.compile
+            compiled = not isinstance(lm, MusicLM)  # ... and should meet few shapes
+            text, mask = encoder(captions, multiple=64 if compiled else 1)
         logits = lm(codes, text, mask)  # (B, K, L, V)
     return F.cross_entropy(
         logits.float().flatten(0, 2),
