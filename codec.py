@@ -11,7 +11,7 @@ How the toy codec works. It hears what a spectrogram shows: the power in `bands`
 dB, for each frame of 512 samples. Encoding is residual quantisation; a level
   1. projects the residual on its 8 leading principal components (`into`),
   2. takes the nearest of 1024 vectors found by k-means (`entries`), whose index is the code; the
-     first level changes its code only where that pays (`sticky_codes`), so that it is easy to model,
+     first level changes its code only where that pays (`sticky_codes`), to be easy to model,
   3. maps the vectors of a frame and its two neighbours back to bands (`out`, least squares), which
      smooths the quantisation noise over time, and leaves the rest to the next level.
 Decoding sums what the levels say, spreads bands over STFT bins, and finds a phase by fast
@@ -124,7 +124,6 @@ def nearest_entry(vectors, entries):  # (n, 8), (1024, 8) -> (n,)
 
 def centroids(points, owner, centres):
     """Means (k, 8) of the points (n, 8) that each centre owns; those that own none stay."""
-    owner = owner.flatten()
     count = owner.bincount(minlength=len(centres))[:, None]
     total = torch.zeros_like(centres).index_add_(0, owner, points)
     return torch.where(count > 0, total / count.clamp(min=1), centres)
@@ -205,10 +204,9 @@ class ToyCodec(nn.Module):
             into.copy_(torch.linalg.eigh(sample.T @ sample).eigenvectors[:, -8:].half())
             entries.copy_(k_means(sample @ into, len(entries), generator).half())
             vectors = residual @ into
-            for _ in range(
-                2 if level == 0 else 0
-            ):  # move the entries to where the sticky codes are
-                entries.copy_(centroids(vectors.flatten(0, 1), codec._codes(0, vectors), entries))
+            for _ in range(2 if level == 0 else 0):  # move the entries to where they are used
+                owner = codec._codes(level, vectors).flatten()
+                entries.copy_(centroids(vectors.flatten(0, 1), owner, entries).half())
             x = neighbours(entries[codec._codes(level, vectors)]).flatten(0, 1)  # (B T, 24)
             gram = x.T @ x + 1e-5 * len(x) * torch.eye(x.shape[1])  # the ridge: for silent corpora
             out.copy_(torch.linalg.solve(gram, x.T @ flat).half())
