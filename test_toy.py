@@ -1,0 +1,131 @@
+"""The toy world: reproducible music, true captions, a corpus that is what it says."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import toy
+from data import Clips
+
+LENGTHS = (None, "words", "sentence", "paragraph")
+
+
+def notes(midi):
+    return [(n.start, n.end, n.pitch, n.velocity) for part in midi.instruments for n in part.notes]
+
+
+def test_a_clip_is_determined_by_its_index():
+    for index in (0, 7, 12345):
+        clip = toy.sample_clip(index)
+        assert clip == toy.sample_clip(index) != toy.sample_clip(index + 1)
+        assert notes(toy.compose(*clip)) == notes(toy.compose(*clip))
+    assert toy.sample_clip(0, split_seed=1) != toy.sample_clip(0)
+
+
+def test_factors_are_balanced_and_possible():
+    clips = [toy.sample_clip(i)[0] for i in range(4000)]
+    genres = [f["genre"] for f in clips]
+    assert len(toy.GENRES) >= 16
+    for genre in toy.GENRES:
+        assert genres.count(genre) / len(clips) == pytest.approx(1 / len(toy.GENRES), rel=0.35)
+    assert np.mean([f["rhythm"] is not None for f in clips]) == pytest.approx(0.15, abs=0.02)
+    for f in clips:
+        assert f["tempo"] in toy.GENRES[f["rhythm"] or f["genre"]].tempo
+        assert f["lead"] in toy.GENRES[f["genre"]].leads
+
+
+def test_every_genre_and_mood_plays_from_the_first_moment():
+    for i, genre in enumerate(toy.GENRES):
+        for mood in toy.MOODS:
+            factors = toy.sample_clip(i)[0] | dict(genre=genre, rhythm=None, mood=mood)
+            factors["lead"] = next(iter(toy.GENRES[genre].leads))
+            midi = toy.compose(factors, i)
+            assert min(n[0] for n in notes(midi)) < 0.05
+            assert max(n[1] for n in notes(midi)) <= 10.0
+            assert len(notes(midi)) > 20
+
+
+def test_moods_are_audible():
+    def density(mood):
+        clips = [(toy.sample_clip(i)[0] | dict(mood=mood), i) for i in range(40)]
+        return np.mean([len(notes(toy.compose(*clip))) for clip in clips])
+
+    assert density("energetic") > 1.3 * density("calm")
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_captions_tell_the_truth(length):
+    """No number, instrument or genre but the clip's own, over many captions."""
+    rng = np.random.default_rng(0)
+    leads = {name: lead for lead, row in toy.LEADS.items() for name in row[3]}
+    for _ in range(1500):
+        f = toy.sample_factors(rng)
+        text = toy.caption(f, rng, length).lower()
+        for number in re.findall(r"\d+(?= (?:bpm|beats))", text):
+            assert int(number) == f["tempo"], text
+        tempo = toy.tempo_word(f["tempo"])
+        if tempo != "slow":
+            assert not re.search(r"\bslow\b", text), text
+        if tempo != "fast":
+            assert not re.search(r"\bfast\b", text), text
+        for genre in toy.GENRES:
+            if genre not in (f["genre"], f["rhythm"]):
+                others = toy.GENRES[f["genre"]], toy.GENRES[f["rhythm"] or f["genre"]]
+                own = " ".join([*others[0].words, *others[1].words, *others[0].band])
+                own += " ".join(
+                    [*others[1].beat, *others[0].beat, others[0].place, others[1].place]
+                )
+                assert genre in own or not re.search(rf"\b{genre}\b", text), (genre, text)
+        if f["rhythm"] and f["genre"] in text and f["rhythm"] in text:
+            assert text.index(f["genre"]) < text.index(f["rhythm"]), text
+        named = [
+            lead for name, lead in leads.items() if re.search(rf"\b{name} (?:lead|melody)\b", text)
+        ]
+        assert set(named) <= {f["lead"]}, text
+
+
+def test_caption_lengths_and_variety():
+    rng = np.random.default_rng(0)
+    f = toy.sample_clip(3)[0]
+    counts = {k: [len(toy.caption(f, rng, k).split()) for _ in range(300)] for k in LENGTHS[1:]}
+    assert np.mean(counts["words"]) < 5 < np.mean(counts["sentence"]) < 16
+    assert 20 < np.mean(counts["paragraph"]) < 45
+    assert len({toy.caption(f, rng) for _ in range(300)}) > 200
+
+
+def test_any_text_can_be_encoded_and_the_worlds_words_are_single_tokens():
+    tokenizer = Tokenizer.from_file(str(toy.TOKENIZER))
+    assert tokenizer.get_vocab_size() <= 1000
+    for text in ("jazz reggae", "été 🎷 \x00", "a techno track at 132 bpm", ""):
+        assert tokenizer.decode(tokenizer.encode(text).ids).strip() == text.lower().strip()
+    assert len(tokenizer.encode("slow piano waltz").ids) == 4  # with the end token
+    assert len(tokenizer.encode("techno 132 bpm").ids) == 4
+
+
+def test_the_shipped_corpus_is_unpacked_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "UNPACKED", tmp_path / "data" / "toy")
+    for _ in range(2):
+        folder = toy.corpus()
+    assert [p.name for p in folder.parent.iterdir()] == ["toy"]
+    train, valid = Clips(folder, "train", codec="toy"), Clips(folder, "valid", codec="toy")
+    assert len(train) > 10 * len(valid) > 3000
+    assert len(Clips(folder, "train", codebooks=9)) >= 900
+    for i in (0, 100):
+        assert train.codes(i).shape == (1, 862) and train.codes(i).max() < 1024
+    # The factors are those of the clips' indices: the captions describe this music.
+    assert valid.rows[1]["factors"] == toy.sample_clip(16)[0]
+
+
+def test_music_is_rendered_or_the_missing_program_is_named(monkeypatch):
+    if shutil.which("fluidsynth"):
+        clips = [toy.compose(*toy.sample_clip(i), 2.0) for i in range(2)]
+        for audio in toy.render_many(clips, 2.0):
+            assert audio.shape == (88200,) and audio.dtype == np.float32
+            assert 0.05 < np.sqrt(np.mean(audio**2)) < 0.12 and np.abs(audio).max() < 1
+            assert np.sqrt(np.mean(audio[:22050] ** 2)) > 0.02
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="apt-get install fluidsynth"):
+        toy.render_many([toy.compose(*toy.sample_clip(0), 1.0)], 1.0)
