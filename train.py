@@ -68,10 +68,10 @@ class TrainConfig:
 PRESETS = {
     "paper": {},
     "toy": dict(
-        text_encoder="small", blocks=5, d_model=160, d_state=32, headdim=32, chunk=32, d_text=128,
-        attention_heads=5, dropout=0.0, trained_frames=960, steps=1500, seconds=862 / FRAME_RATE,
-        crop=256 / FRAME_RATE, crop_until=0.85, batch=5, accumulate=1, lr=2e-3, beta2=0.99,
-        valid_every=250, valid_clips=64, compile=False,
+        text_encoder="small", blocks=4, d_model=128, d_state=32, headdim=32, chunk=32, d_text=128,
+        attention_heads=4, dropout=0.0, trained_frames=960, steps=1250, seconds=862 / FRAME_RATE,
+        crop=256 / FRAME_RATE, crop_until=0.85, batch=5, accumulate=1, lr=4e-3, beta2=0.99,
+        valid_every=125, valid_clips=64, compile=False,
     ),
 }  # fmt: skip
 
