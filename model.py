@@ -8,7 +8,7 @@ through *cross-attention*. This file holds all of it, from the small parts to th
     1  the SSD         `ssd_recurrent` (the definition) and `ssd_chunked` (the same, in parallel)
     2  the layers      Mamba2, FeedForward, EinFFT, SelfAttention, CrossAttention
     3  the model       LMConfig, MusicLM: `forward` over a sequence, `step` over one token
-    4  the text        TextEncoder: a frozen Flan-T5, or a small T5 trained with the model
+    4  the text        TextEncoder: Flan-T5, or a small T5 of the same class
     5  sampling        `generate`: guidance, temperature, top-k and top-p, one seed per sample
     6  checkpoints     a folder with config.json and model.safetensors
 
@@ -176,9 +176,18 @@ class Mamba2(nn.Module):
         self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], config.d_conv, groups=self.sizes[1])
         # dt starts log-uniform in [1e-3, 1e-1], A uniform in [1, 16]: memories of between about one
         # and a thousand frames, so that there is something for every time scale to grow from.
-        dt = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        dt_range, A_range = (1e-3, 1e-1), (1, 16)
+        if config.init == "memory":
+            # With few heads and a small N hardly any head remembers the text when the music begins,
+            # and what B and C would read of it is noise: C . B is as often negative as positive.
+            # Slow decays, C . B > 0 (biases of one, as in Mamba-3, arXiv 2603.15569) and a
+            # convolution near the identity make every head a running mean of the past instead.
+            dt_range, A_range = (1e-2, 1), (1e-2, 1)
+            self.conv1d.weight.data.mul_(0.3)[:, 0, -1] += 1
+            self.conv1d.bias.data[self.d_inner :] = 1
+        dt = torch.exp(torch.empty(heads).uniform_(*map(math.log, dt_range)))
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_range).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSNorm(self.d_inner, eps=1e-5)
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
@@ -350,6 +359,7 @@ class LMConfig:
     headdim: int = 64  # P, rows of each head's state
     expand: int = 2  # Mamba-2 works on expand * D channels, in expand * D / P heads
     d_conv: int = 4  # taps of Mamba-2's convolution
+    init: str = "mamba2"  # how an SSD starts: as its authors', or memory: as running means
     chunk: int = 256  # Q, frames that the SSD handles by one matrix product
     ff_mult: int = 2  # hidden width of the feed-forward layer, in units of D
     attention_heads: int = 8  # heads of self- and cross-attention
@@ -364,6 +374,8 @@ class LMConfig:
             raise ValueError(f"unknown variant {self.variant!r}: choose {', '.join(VARIANTS)}")
         if self.mixer not in ("ff", "einfft"):
             raise ValueError(f"unknown mixer {self.mixer!r}: choose ff or einfft")
+        if self.init not in ("mamba2", "memory"):
+            raise ValueError(f"unknown init {self.init!r}: choose mamba2 or memory")
         if self.mixer == "einfft" and self.variant not in ("simba", "cross-simba"):
             raise ValueError(f"--mixer einfft goes with simba and cross-simba, not {self.variant}")
         if self.expand * self.d_model % self.headdim:
@@ -519,7 +531,7 @@ class MusicLM(nn.Module):
 
 class TextEncoder(nn.Module):
     """Captions -> T5's last hidden state. One class, two sizes: the paper's frozen Flan-T5 Base
-    from the hub, or a small T5 with its own tokenizer, trained together with the language model.
+    from the hub, or a small T5 with its own tokenizer. Either is frozen, or trained along.
 
     `encoder(["slow piano waltz", ""]) -> text (B, S, d_text), mask (B, S)`, S the longest caption's
     tokens with the closing </s>; the empty string, guidance's unconditional half, is </s> alone.
@@ -568,7 +580,7 @@ class TextEncoder(nn.Module):
 
     @property
     def trained(self):
-        """Whether it learns with the language model and is stored beside it."""
+        """Whether it learns with the language model."""
         return any(p.requires_grad for p in self.parameters())
 
     def too_long(self, caption):
@@ -714,14 +726,14 @@ def save_checkpoint(folder, lm, encoder, extra=None, files=None, dtype=None):
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     _remove(new)
     new.mkdir(parents=True)
-    text = {"name": encoder.name, "trained": encoder.trained}
+    text = {"name": encoder.name, "stored": encoder.trained or encoder.name == "small"}
     config = {"model": asdict(lm.config), "text": text, **(extra or {})}
     weights = {f"lm.{k}": v for k, v in lm.state_dict().items()}
     if encoder.name == "small":
         t5 = encoder.encoder.config
         text |= dict(d_model=t5.d_model, layers=t5.num_layers, max_tokens=encoder.max_tokens)
         (new / "tokenizer.json").write_text(encoder.tokenizer.backend_tokenizer.to_str())
-    if encoder.trained:
+    if text["stored"]:
         weights |= {f"text.{k}": v for k, v in encoder.encoder.state_dict().items()}
         weights.pop("text.encoder.embed_tokens.weight", None)  # another name of text.shared.weight
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in weights.items()}
@@ -760,7 +772,7 @@ def load_checkpoint(folder) -> MusicLM:
     if not isinstance(values, dict) or set(values) - known:
         raise ValueError(f"{folder}/config.json does not describe a language model of this program")
     lm = MusicLM(LMConfig(**values))
-    _load_weights(lm, folder, "lm.")
+    load_weights(lm, Path(folder) / "model.safetensors", "lm.")
     return lm.eval()
 
 
@@ -772,13 +784,14 @@ def load_text_encoder(folder) -> TextEncoder:
         encoder = TextEncoder.small((folder / "tokenizer.json").read_text(), **shape)
     else:
         encoder = TextEncoder.pretrained(config.get("name", "google/flan-t5-base"))
-    if config.get("trained"):
-        _load_weights(encoder.encoder, folder, "text.")
+    if config.get("stored"):
+        load_weights(encoder.encoder, folder / "model.safetensors", "text.")
     return encoder.eval()
 
 
-def _load_weights(module, folder, prefix):
-    tensors = read_tensors(Path(folder) / "model.safetensors")
+def load_weights(module, file, prefix=""):
+    """Fills a module with those tensors of a safetensors file whose name begins with `prefix`."""
+    tensors = read_tensors(file)
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     if "shared.weight" in tensors:
         tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
@@ -787,7 +800,7 @@ def _load_weights(module, folder, prefix):
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{folder} holds weights of another shape than its config.json says: {reason}"
+            f"{file} holds weights of another shape than is expected: {reason}"
         ) from None
 
 

@@ -112,19 +112,21 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert learning_rate(999, config) < 1e-5
 
 
-def test_crops_then_whole_clips_at_equal_tokens():
+def test_crops_double_until_clips_are_whole():
     config = TrainConfig(steps=100, seconds=10.0, crop=2.5, crop_until=0.8, batch=4)
-    frames, clips = shape_at(0, config)
-    assert (frames, clips) == (215, 16)
-    assert shape_at(79, config) == (215, 16) and shape_at(80, config) == (861, 4)
+    assert shape_at(0, config) == shape_at(39, config) == (215, 13)
+    assert shape_at(40, config) == shape_at(79, config) == (430, 7)
+    assert shape_at(80, config) == shape_at(99, config) == (861, 4)
+    assert shape_at(0, TrainConfig(batch=3)) == (2584, 3)  # the paper's: no crops
 
 
 def test_samples_are_counted_without_gaps():
     config = TrainConfig(steps=10, seconds=10.0, crop=2.5, crop_until=0.75, batch=4, accumulate=3)
-    first = 0
+    samples = tokens = 0
     for step in range(10):
-        assert train.samples_before(step, config) == first
-        first += 3 * shape_at(step, config)[1]
+        assert train.seen_before(step, config) == (samples, tokens)
+        frames, clips = shape_at(step, config)
+        samples, tokens = samples + 3 * clips, tokens + 3 * clips * frames
 
 
 def test_presets_name_real_options():

@@ -14,7 +14,7 @@ Everything random comes from a generator seeded by the caller; a clip's index de
 
     python toy.py listen --n 8 --out toy-clips     wav files, their factors and captions
     python toy.py build                            codec, tokenizer and corpus, made from scratch
-    python toy.py build --keep-codec --clips 20000 --out data/toy-large      a larger corpus
+    python toy.py build --corpus-only --clips 20000 --out data/toy-large      a larger corpus
 
 Units: pitches are MIDI numbers, times are seconds, and a *step* is a sixteenth note, the column of
 the tablature. Loudness is in dB. A chord is (root above the tonic, its tones above the root).
@@ -768,6 +768,7 @@ def paragraph(factors: dict, rng) -> str:
 # ------------------------------------------------------------------------------- the corpus ----
 
 TOKENIZER = ROOT / "toy" / "tokenizer.json"
+TEXT = ROOT / "toy" / "text.safetensors"
 PACKED = ROOT / "toy" / "corpus.tar.xz"
 UNPACKED = ROOT / "data" / "toy"
 SECONDS = 10.0  # of a clip
@@ -839,6 +840,52 @@ def train_tokenizer(captions: int = 20000, entries: int = 1000):
     tokenizer.save(str(TOKENIZER))
 
 
+def text_encoder():
+    """The small T5 that ships here: it knows the words of this world, as Flan-T5 knows English."""
+    from model import TextEncoder, load_weights
+
+    encoder = TextEncoder.small(TOKENIZER.read_text())
+    load_weights(encoder.encoder, TEXT)
+    return encoder
+
+
+def train_text_encoder(steps: int = 1000, batch: int = 64, lr: float = 3e-3):
+    """Teaches a new T5 to tell a clip's factors from its captions; it never meets music."""
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import save_file
+
+    from model import TextEncoder
+
+    torch.manual_seed(0)
+    rng = np.random.default_rng(3)
+    encoder = TextEncoder.small(TOKENIZER.read_text()).train()
+    answers = dict(genre=[*GENRES], rhythm=[None, *GENRES], lead=[*LEADS], mood=[*MOODS])
+    sizes = {name: len(values) for name, values in answers.items()} | {"tempo": 1}
+    heads = torch.nn.ModuleDict({k: torch.nn.Linear(encoder.d_text, n) for k, n in sizes.items()})
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    for _ in (bar := tqdm(range(steps), "text encoder")):
+        factors = [sample_factors(rng) for _ in range(batch)]
+        text, mask = encoder([caption(f, rng) for f in factors])
+        said = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        octaves = torch.tensor([[np.log2(f["tempo"] / 110)] for f in factors])
+        loss = 3 * F.l1_loss(heads["tempo"](said), octaves.float())
+        for name, values in answers.items():
+            right = torch.tensor([values.index(f[name]) for f in factors])
+            loss = loss + F.cross_entropy(heads[name](said), right)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    weights = {k: v.half() for k, v in encoder.encoder.state_dict().items()}
+    weights.pop("encoder.embed_tokens.weight", None)  # another name of shared.weight
+    save_file(weights, TEXT)
+
+
 def write_corpus(folder: Path, clips: int, full: int, workers: int):
     """Renders and encodes clips 0 ... `clips` - 1 into a data folder: all nine codebooks of the
     first `full` clips, the first codebook alone of the others. Goes on where it was stopped."""
@@ -859,10 +906,11 @@ def write_corpus(folder: Path, clips: int, full: int, workers: int):
 
 
 def build(args):
-    """Makes the toy world from scratch: codec, tokenizer, corpus."""
-    if not args.keep_codec:
+    """Makes the toy world from scratch: codec, tokenizer, text encoder, corpus."""
+    if not args.corpus_only:
         fit_codec(args.codec_clips, args.workers)
         train_tokenizer()
+        train_text_encoder()
     write_corpus(Path(args.out), args.clips, args.full, args.workers)
     if Path(args.out).resolve() == UNPACKED.resolve():
         # lp=1: the codes are pairs of bytes, and their high bytes resemble each other.
@@ -917,7 +965,7 @@ def main():
     c.add_argument(
         "--codec-clips", type=int, default=320, help="clips the codec is fitted to [320]"
     )
-    c.add_argument("--keep-codec", action="store_true", help="keep the codec and the tokenizer")
+    c.add_argument("--corpus-only", action="store_true", help="keep all but the corpus")
     c.add_argument("--out", default=str(UNPACKED), help="data folder; the default is packed, too")
     c.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     c.set_defaults(run=build)

@@ -45,13 +45,14 @@ class TrainConfig:
 
     data: str = "toy"  # data folder made by data.py, or toy: the world that ships here
     out: str = ""  # the run's folder; empty: out/VARIANT
-    text_encoder: str = "google/flan-t5-base"  # a published T5 (frozen), or small: trained along
+    text_encoder: str = "google/flan-t5-base"  # a published T5, or toy: the small one ships here
+    train_text_encoder: float = 0.0  # the text encoder's own learning rate; 0: it is frozen
     steps: int = 100_000  # optimiser steps
     seconds: float = 30.0  # length of a training clip
     batch: int = 4  # clips in a micro-batch
     accumulate: int = 32  # micro-batches in a step
-    crop: float = 30.0  # train on random crops of so many seconds at first, in larger batches
-    crop_until: float = 0.0  # share of the steps that use crops; the rest sees whole clips
+    crop: float = 30.0  # begin with random crops of so many seconds, in larger batches; then double
+    crop_until: float = 0.0  # share of the steps by which they have grown to whole clips
     lr: float = 1e-4  # learning rate after the warm-up; then a cosine to zero
     warmup: int = 100  # steps of linear warm-up
     beta2: float = 0.999  # AdamW's second beta
@@ -68,10 +69,10 @@ class TrainConfig:
 PRESETS = {
     "paper": {},
     "toy": dict(
-        text_encoder="small", blocks=4, d_model=128, d_state=32, headdim=32, chunk=32, d_text=128,
-        attention_heads=4, dropout=0.0, trained_frames=960, steps=1250, seconds=862 / FRAME_RATE,
-        crop=256 / FRAME_RATE, crop_until=0.85, batch=5, accumulate=1, lr=4e-3, beta2=0.99,
-        valid_every=125, valid_clips=64, compile=False,
+        text_encoder="toy", train_text_encoder=5e-4, blocks=4, d_model=128, d_state=32, headdim=32,
+        chunk=32, init="memory", d_text=128, attention_heads=4, dropout=0.0, trained_frames=960,
+        steps=1250, seconds=862 / FRAME_RATE, crop=32 / FRAME_RATE, crop_until=0.85, batch=5,
+        accumulate=1, lr=3e-3, beta2=0.99, valid_every=125, valid_clips=64, compile=False,
     ),
 }  # fmt: skip
 
@@ -91,6 +92,7 @@ def main(argv=None):
         encoder = new_encoder(config.text_encoder)
         model_config.d_text = encoder.d_text
         lm = MusicLM(model_config)
+    encoder.requires_grad_(config.train_text_encoder > 0)
     lm.to(device).train()
     encoder.to(device).train(encoder.trained)
     optimizer = make_optimizer(lm, encoder, config)
@@ -116,10 +118,10 @@ def main(argv=None):
         frames, batch = shape_at(step, config)
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         loss = 0.0
         for micro in range(config.accumulate):
-            first = samples_before(step, config) + micro * batch
+            first = seen_before(step, config)[0] + micro * batch
             codes, captions = train.batch(
                 first, batch, frames, config.seed, describe, config.caption_dropout
             )
@@ -209,11 +211,9 @@ def open_data(name):
 
 
 def new_encoder(name):
-    if name != "small":
-        return TextEncoder.pretrained(name)
     import toy
 
-    return TextEncoder.small(toy.TOKENIZER.read_text())
+    return toy.text_encoder() if name == "toy" else TextEncoder.pretrained(name)
 
 
 def caption_loss(lm, encoder, codes, captions, reduction="mean"):
@@ -238,21 +238,39 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=has)
 
 
-def shape_at(step, config):
-    """-> frames of a clip and clips of a micro-batch; crops come in as many more as they are
-    shorter. Short crops first: many small steps learn the local texture and, since a crop's first
-    second can be told from the text alone, the text; whole clips later teach the long run."""
+TEXT = 64  # about the tokens of a text: short clips come with as many of them as long ones
+
+
+def stages(config):
+    """-> [(the step at which it ends, frames of a clip, clips of a micro-batch)].
+
+    Training begins with short crops, many to a batch, and their length doubles in equal stages
+    until clips are whole. What the words mean shows in how the music begins, so a model learns it
+    from many beginnings; local texture comes quickly as well; whole clips teach the long run.
+    """
     whole, crop = (max(1, round(s * FRAME_RATE)) for s in (config.seconds, config.crop))
-    if step < config.crop_until * config.steps:
-        return crop, config.batch * whole // crop
-    return whole, config.batch
+    doublings = max(0, math.ceil(math.log2(whole / crop)))
+    ends = [round(config.steps * config.crop_until * (i + 1) / doublings) for i in range(doublings)]
+    lengths = [crop << i for i in range(doublings)]
+    clips = [config.batch * (whole + TEXT) // (frames + TEXT) for frames in lengths]
+    return [*zip(ends, lengths, clips), (config.steps, whole, config.batch)]
 
 
-def samples_before(step, config):
-    """The number of the first sample of a step: every clip is seen once before any is again."""
-    cropped = min(step, math.ceil(config.crop_until * config.steps))
-    clips = cropped * shape_at(0, config)[1] + (step - cropped) * config.batch
-    return config.accumulate * clips
+def shape_at(step, config):
+    """-> frames of a clip and clips of a micro-batch."""
+    return next((frames, clips) for end, frames, clips in stages(config) if step < end)
+
+
+def seen_before(step, config):
+    """The samples and the tokens (of one codebook) that came before this step; a sample's number
+    decides its clip, its crop and its caption, and every clip is seen once before any is again."""
+    samples = tokens = begin = 0
+    for end, frames, clips in stages(config):
+        steps = max(0, min(step, end) - begin)
+        samples += config.accumulate * steps * clips
+        tokens += config.accumulate * steps * clips * frames
+        begin = max(begin, end)
+    return samples, tokens
 
 
 def learning_rate(step, config):
@@ -264,10 +282,16 @@ def learning_rate(step, config):
 
 def make_optimizer(lm, encoder, config):
     """AdamW; weight decay for matrices only: not for biases, norms, A_log, D and dt_bias."""
-    named = named_parameters(lm, encoder)
-    decayed = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith("biases")]
-    rest = [p for name, p in named.items() if p.ndim < 2 or name.endswith("biases")]
-    groups = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=rest)]
+    groups = []
+    for part, scale in (("lm.", 1.0), ("text.", config.train_text_encoder / config.lr)):
+        named = {k: p for k, p in named_parameters(lm, encoder).items() if k.startswith(part)}
+        decayed = [p for k, p in named.items() if p.ndim >= 2 and not k.endswith("biases")]
+        rest = [p for k, p in named.items() if p.ndim < 2 or k.endswith("biases")]
+        if named:
+            groups += [
+                dict(params=decayed, scale=scale, weight_decay=config.weight_decay),
+                dict(params=rest, scale=scale),
+            ]
     return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), weight_decay=0.0, fused=True)
 
 
@@ -357,15 +381,13 @@ class Log:
 def print_budget(lm, encoder, config, clips, device):
     parameters = sum(p.numel() for p in lm.parameters())
     text = sum(p.numel() for p in encoder.parameters())
-    whole = round(config.seconds * FRAME_RATE)
-    tokens = config.steps * config.accumulate * config.batch * whole
+    tokens = seen_before(config.steps, config)[1]
     flops = 6 * parameters * tokens
     print(
         f"{lm.config.variant}, {lm.config.blocks} blocks, {lm.config.codebooks} codebook(s): "
         f"{parameters / 1e6:.2f} M parameters (text encoder {text / 1e6:.2f} M, "
         f"{'trained along' if encoder.trained else 'frozen'}), on {device}\n"
-        f"{len(clips):,} clips; {config.steps:,} steps of about "
-        f"{config.accumulate * config.batch * whole:,} tokens: {tokens:.2e} tokens, "
+        f"{len(clips):,} clips; {config.steps:,} steps, {tokens:.2e} tokens, "
         f"6 x parameters x tokens = {flops:.1e} FLOPs "
         f"(the paper's runs 1e19, MusicGen-small 1e20)"
     )
