@@ -62,6 +62,16 @@ def test_parameter_counts_at_paper_size(options, millions):
     assert sum(p.numel() for p in lm.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
+def test_heads_start_as_their_authors_or_as_running_means():
+    torch.manual_seed(0)
+    for init, low, high in (("mamba2", 1, 16), ("memory", 0.01, 1)):
+        mamba = model.Mamba2(LMConfig(d_model=256, init=init))
+        rate = mamba.A_log.exp()
+        assert low <= rate.min() < rate.max() <= high
+        B, C = torch.nn.functional.silu(mamba.conv1d.bias[mamba.d_inner :]).chunk(2)
+        assert (B @ C > 100) == (init == "memory")  # of 512 columns
+
+
 @pytest.mark.parametrize("variant, codebooks, mixer", VARIANTS)
 @torch.no_grad()
 def test_step_equals_forward_for_every_variant(variant, codebooks, mixer):

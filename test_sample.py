@@ -103,7 +103,7 @@ def test_a_prompt_longer_than_the_encoder_takes_is_cut_with_a_word(tmp_path):
 
 
 def test_memory_does_not_grow_with_length(tmp_path):
-    """Peak memory of a child process; `python bench.py` measures 600 s against 10 s."""
+    """Peak memory of a child process, for a minute against eight seconds."""
     peaks = []
     for seconds in (8, 60):
         command = [sys.executable, str(ROOT / "sample.py"), "jazz", "--out", "x.wav"]

@@ -129,3 +129,19 @@ def test_music_is_rendered_or_the_missing_program_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="apt-get install fluidsynth"):
         toy.render_many([toy.compose(*toy.sample_clip(0), 1.0)], 1.0)
+
+
+def test_the_text_encoder_knows_the_words():
+    import torch
+
+    encoder = toy.text_encoder().eval()
+    rng = np.random.default_rng(0)
+    rows = [f for f in (toy.sample_factors(rng) for _ in range(900)) if f["rhythm"] is None]
+    genres = np.array([list(toy.GENRES).index(f["genre"]) for f in rows])
+    with torch.no_grad():
+        text, mask = encoder([toy.caption(f, rng) for f in rows])
+    said = ((text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).numpy()
+    known, asked = said[:600], said[600:]
+    means = np.stack([known[genres[:600] == g].mean(0) for g in range(len(toy.GENRES))])
+    nearest = np.linalg.norm(asked[:, None] - means, axis=2).argmin(1)
+    assert (nearest == genres[600:]).mean() > 0.9

@@ -411,6 +411,8 @@ def plot(log, path):
             axis.plot(*zip(*points), "o-", color=color, ms=3, label=f"validation, {kind} captions")
         axis.set(title=title, xlabel="step", ylabel="nats per token")
         axis.legend()
+    worst = max(r[kind] for r in log.rows for kind in ("right", "shuffled", "empty") if kind in r)
+    axes[0].set_ylim(top=1.1 * worst)  # the first steps' losses would flatten all the others
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
