@@ -13,8 +13,9 @@ carry the first one's harmony, comping and lead: genre "jazz" with rhythm "regga
 Everything random comes from a generator seeded by the caller; a clip's index determines the clip.
 
     python toy.py listen --n 8 --out toy-clips     wav files, their factors and captions
-    python toy.py build                            codec, tokenizer and corpus, made from scratch
+    python toy.py build                            all but the language model, made from scratch
     python toy.py build --corpus-only --clips 20000 --out data/toy-large      a larger corpus
+    python toy.py ship out/simba/best              a trained model, made the one that ships
 
 Units: pitches are MIDI numbers, times are seconds, and a *step* is a sixteenth note, the column of
 the tablature. Loudness is in dB. A chord is (root above the tonic, its tones above the root).
@@ -948,6 +949,23 @@ def listen(args):
     print(f"{args.n * args.seconds:.0f} s of music in {spent:.1f} s", file=sys.stderr)
 
 
+def ship(args):
+    """Make a checkpoint the one that ships: in half precision, with its sampling options."""
+    import torch
+
+    from model import load_checkpoint, load_text_encoder, read_config, save_checkpoint
+
+    config = read_config(args.checkpoint)
+    kept = {k: config[k] for k in ("train", "step", "best", "codec")}
+    kept["sampling"] = dict(
+        guidance=args.guidance, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
+    )
+    parts = load_checkpoint(args.checkpoint), load_text_encoder(args.checkpoint)
+    save_checkpoint(ROOT / "toy" / "lm", *parts, kept, dtype=torch.float16)
+    size = sum(path.stat().st_size for path in (ROOT / "toy" / "lm").iterdir())
+    print(f"{ROOT / 'toy' / 'lm'}: {size / 1e6:.1f} MB")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -969,6 +987,13 @@ def main():
     c.add_argument("--out", default=str(UNPACKED), help="data folder; the default is packed, too")
     c.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     c.set_defaults(run=build)
+    c = commands.add_parser("ship", help=ship.__doc__)
+    c.add_argument("checkpoint", help="folder of a checkpoint, such as out/simba/best")
+    c.add_argument("--guidance", type=float, default=3.0)
+    c.add_argument("--temperature", type=float, default=0.9)
+    c.add_argument("--top-k", type=int, default=250)
+    c.add_argument("--top-p", type=float, default=1.0)
+    c.set_defaults(run=ship)
     args = parser.parse_args()
     args.run(args)
 
