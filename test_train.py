@@ -93,15 +93,32 @@ def test_a_batch_is_learned_by_heart():
     assert loss.item() < 0.1 * first
 
 
-def test_weight_decay_spares_vectors_and_biases():
+def test_weight_decay_spares_vectors_and_biases_and_the_text_encoder_has_its_own_rate():
     from test_model import tiny
 
     lm, encoder = tiny(mixer="einfft")
-    decayed, rest = train.make_optimizer(lm, encoder, TrainConfig()).param_groups
+    config = TrainConfig(lr=1e-3, train_text_encoder=1e-4)
+    groups = train.make_optimizer(lm, encoder, config).param_groups
     names = {id(p): n for n, p in train.named_parameters(lm, encoder).items()}
-    spared = {names[id(p)].rsplit(".", 1)[-1] for p in rest["params"]}
+    for group in groups:
+        group["names"] = [names.pop(id(p)) for p in group["params"]]
+        texts = {name.startswith("text.") for name in group["names"]}
+        assert texts == ({True} if group["scale"] == pytest.approx(0.1) else {False})
+    assert not names, "every parameter is in one group"
+    spared = {n.rsplit(".", 1)[-1] for g in groups if not g["weight_decay"] for n in g["names"]}
     assert {"A_log", "D", "dt_bias", "bias", "biases"} <= spared
-    assert all(p.ndim >= 2 for p in decayed["params"]) and decayed["weight_decay"] == 2e-2
+    decayed = [p for g in groups if g["weight_decay"] == 2e-2 for p in g["params"]]
+    assert decayed and all(p.ndim >= 2 for p in decayed)
+
+
+def test_a_frozen_text_encoder_stays_as_it_was(tmp_path, data):
+    import toy
+
+    options = ["--data", data, *TINY, "--steps", 2, "--train-text-encoder", 0]
+    code, _, err = run(*options, "--out", tmp_path / "r")
+    assert code == 0, err
+    trained = train.load_text_encoder(tmp_path / "r/best").state_dict()
+    assert all((trained[k] == v).all() for k, v in toy.text_encoder().state_dict().items())
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -171,7 +188,7 @@ def test_help_teaches(capsys):
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, data):
     code, out, err = run(
-        "--data", data, *TINY, "--steps", 30, "--lr", "nan", "--valid-every", 100,
+        "--data", data, *TINY, "--steps", 30, "--lr", "inf", "--valid-every", 100,
         "--out", tmp_path / "r",
     )  # fmt: skip
     assert code == 2 and "10 bad steps" in err and out.count("skipped") == 10

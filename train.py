@@ -249,7 +249,7 @@ def stages(config):
     from many beginnings; local texture comes quickly as well; whole clips teach the long run.
     """
     whole, crop = (max(1, round(s * FRAME_RATE)) for s in (config.seconds, config.crop))
-    doublings = max(0, math.ceil(math.log2(whole / crop)))
+    doublings = max(0, round(math.log2(whole / crop)))
     ends = [round(config.steps * config.crop_until * (i + 1) / doublings) for i in range(doublings)]
     lengths = [crop << i for i in range(doublings)]
     clips = [config.batch * (whole + TEXT) // (frames + TEXT) for frames in lengths]
