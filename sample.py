@@ -206,7 +206,10 @@ class Picture:
 
     def __init__(self, samples):
         self.pool = max(1, samples // 512 // 1500)  # frames a column
-        self.rest, self.columns = torch.zeros(0), []
+        # One table made beforehand: small pieces kept between large ones that come and go would
+        # leave holes that nothing fits, and memory would grow with the length after all.
+        self.mel = torch.zeros(128, 2 + samples // 512 // self.pool, dtype=torch.half)
+        self.columns, self.rest = 0, torch.zeros(0)
 
     def watch(self, chunks):
         for chunk in chunks:
@@ -219,7 +222,9 @@ class Picture:
         if whole >= 2048:
             mel = mel_spectrogram(audio[None, :whole], relative=False)[0]  # (mels, frames)
             frames = mel.shape[1] // self.pool * self.pool
-            self.columns.append(mel[:, :frames].unflatten(1, (-1, self.pool)).mean(2).half())
+            columns = mel[:, :frames].unflatten(1, (-1, self.pool)).mean(2)
+            self.mel[:, self.columns : self.columns + columns.shape[1]] = columns
+            self.columns += columns.shape[1]
             audio = audio[whole:]
         self.rest = audio
 
@@ -229,7 +234,7 @@ class Picture:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        mel = torch.cat(self.columns, 1).float().numpy() if self.columns else np.zeros((128, 1))
+        mel = self.mel[:, : max(1, self.columns)].float().numpy()
         seconds = mel.shape[1] * self.pool * 512 / sample_rate
         figure, axis = plt.subplots(figsize=(10, 3.5))
         image = axis.imshow(
