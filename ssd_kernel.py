@@ -11,7 +11,8 @@ beginning to frame i, a_Q that of the whole chunk. S_c is the state that enters 
 
 and with G_c the gradient of the state that leaves chunk c, differentiation gives
 
-    dx_j    = dt_j (e^{a_Q - a_j} G_c B_j + sum_{i >= j} e^{a_i - a_j} (C_i . B_j) dy_i) + D dy_j (3)
+    dx_j    = dt_j (e^{a_Q - a_j} G_c B_j + sum_{i >= j} e^{a_i - a_j} (C_i . B_j) dy_i)
+                                                                           + D dy_j             (3)
     G_{c-1} = e^{a_Q} G_c          + sum_i        e^{a_i} dy_i C_i^T                            (4)
 
 This is the same scan, run backwards in time with B and C exchanged. So there are four kernels,
@@ -228,11 +229,13 @@ def dcb_kernel(
     for h in range(H):
         at = (bc * H + h) * Q
         here = ((b * L + c * Q) * H + h) * P
-        dys = load(dy + here, i, p, H * P, L - c * Q, P)
-        xs = load(x + here, j, p, H * P, L - c * Q, P)
+        each = tl.zeros((TILE, TILE), tl.float32)
+        for p0 in range(0, P, PB):
+            dys = load(dy + here, i, p0 + p, H * P, L - c * Q, P)  # (TILE, PB)
+            xs = load(x + here, j, p0 + p, H * P, L - c * Q, P)
+            each = dot(dys, tl.trans(xs), each)
         decay = tl.load(a + at + i)[:, None] - tl.load(a + at + j)[None, :]
         decay = tl.exp(tl.where(i[:, None] >= j[None, :], decay, -float("inf")))
-        each = dot(dys, tl.trans(xs), tl.zeros((TILE, TILE), tl.float32))
         each *= decay * tl.load(dt + at + j)[None, :]
         total += each
         W = tl.where(i[:, None] > j[None, :], each * pairs, 0.0)
@@ -247,8 +250,8 @@ def dcb_kernel(
 
 
 # ------------------------------------------------------------------------------------------------
-#     dC_i = sum_{j <= i} d(C . B^T)_ij B_j + sum over heads of e^{a_i} S_c^T dy_i
-#     dB_j = sum_{i >= j} d(C . B^T)_ij C_i + sum over heads of e^{a_Q - a_j} dt_j G_c^T x_j  REVERSE
+# dC_i = sum_{j <= i} d(C . B^T)_ij B_j + sum over heads of e^{a_i} S_c^T dy_i
+# dB_j = sum_{i >= j} d(C . B^T)_ij C_i + sum over heads of e^{a_Q - a_j} dt_j G_c^T x_j   REVERSE
 #
 # B and C are shared by the heads, so their gradients are sums over heads: a program owns a tile of
 # ROWS frames and NB columns and loops over the heads, adding in registers what would else be H
@@ -277,9 +280,12 @@ def dbc_kernel(
         scale = fade(a + bch * Q, r, Q, REVERSE)
         if REVERSE:
             scale *= tl.load(dt + bch * Q + r)
-        vs = load(v + ((b * L + c * Q) * H + h) * P, r, p, H * P, L - c * Q, P)  # (ROWS, PB)
-        state = load(states + bch * P * N, p, n, N, P, N)  # (PB, NB)
-        each = dot(vs, state, tl.zeros((ROWS, NB), tl.float32)) * scale[:, None]
+        here = ((b * L + c * Q) * H + h) * P
+        each = tl.zeros((ROWS, NB), tl.float32)
+        for p0 in range(0, P, PB):
+            vs = load(v + here, r, p0 + p, H * P, L - c * Q, P)  # (ROWS, PB)
+            each = dot(vs, load(states + bch * P * N, p0 + p, n, N, P, N), each)
+        each *= scale[:, None]
         total += each
         share = tl.sum(each * mine, 1)
         tl.store(da + (bch * SLOTS + SLOT + n_tile) * Q + r, -share if REVERSE else share)
@@ -297,26 +303,104 @@ def dbc_kernel(
 
 
 # ------------------------------------------------------------------------------------------------
+# One frame of decoding, everything of `model.Mamba2.step` between its two projections:
+#
+#     x, B, C = SiLU(conv of the last K inputs)                     dt = softplus(dt + dt_bias)
+#     S <- e^{-dt e^{A_log}} S + dt x B^T      y = RMSNorm((S C + D x) * SiLU(z))
+#
+# No product of matrices: this is reading and writing the state, in fp32 8.4 MB a sequence at the
+# paper's shape, 17 MB with guidance's other half, 3.5 us on an H200. A program owns ROWS rows of
+# one head's state, all N columns, so that its rows of y need nobody else; it makes B and C of its
+# sequence anew, from L2, rather than wait for another program. The mean of squares needs all heads:
+# hence a second, small launch, a program a sequence, which also shifts the convolution's inputs,
+# now that nobody reads them any more.
+
+
+@jit
+def convolve(inputs, new, weight, bias, channels, width, inside, K: tl.constexpr):
+    """SiLU of the convolution's output at the newest frame, for some of its `width` channels."""
+    y = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        frame = inputs + k * width if k < K - 1 else new
+        tap = tl.load(weight + channels * K + k, mask=inside, other=0.0).to(tl.float32)
+        y += tap * tl.load(frame + channels, mask=inside, other=0.0).to(tl.float32)
+    return y * tl.sigmoid(y)
+
+
+@jit
+def step_kernel(
+    zxBCdt, inputs, state, weight, bias, dt_bias, A_log, D, gated,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    tiles: tl.constexpr = (P + ROWS - 1) // ROWS
+    width: tl.constexpr = H * P + 2 * N
+    tile, h = tl.program_id(0) % tiles, tl.program_id(0) // tiles % H
+    b = (tl.program_id(0) // tiles // H).to(tl.int64)
+    z, inputs = zxBCdt + b * (H * P + width + H), inputs + b * (K - 1) * width
+    new = z + H * P
+    p, n = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, NB)
+    x = convolve(inputs, new, weight, bias, h * P + p, width, p < P, K)  # (ROWS,)
+    B = convolve(inputs, new, weight, bias, H * P + n, width, n < N, K)  # (NB,)
+    C = convolve(inputs, new, weight, bias, H * P + N + n, width, n < N, K)
+    v = tl.load(new + width + h).to(tl.float32) + tl.load(dt_bias + h).to(tl.float32)
+    e = tl.exp(-tl.abs(v))
+    u = 1.0 + e  # and log(1 + e) with the digits of e that u has lost (Kahan)
+    dt = tl.maximum(v, 0.0) + tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
+    here = state + (b * H + h) * P * N
+    S = load(here, p, n, N, P, N) * tl.exp(-dt * tl.exp(tl.load(A_log + h).to(tl.float32)))
+    S += (dt * x)[:, None] * B[None, :]
+    store(here, p, n, N, P, N, S)
+    y = tl.sum(S * C[None, :], 1) + tl.load(D + h).to(tl.float32) * x
+    gate = tl.load(z + h * P + p, mask=p < P, other=0.0).to(tl.float32)
+    tl.store(gated + (b * H + h) * P + p, y * gate * tl.sigmoid(gate), mask=p < P)
+
+
+@jit
+def norm_kernel(
+    gated, zxBCdt, inputs, norm, y, eps,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    width: tl.constexpr = H * P + 2 * N
+    b = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, ALL)
+    g = tl.load(gated + b * H * P + i, mask=i < H * P, other=0.0)
+    g *= tl.rsqrt(tl.sum(g * g, 0) / (H * P) + eps)
+    g *= tl.load(norm + i, mask=i < H * P, other=0.0).to(tl.float32)
+    tl.store(y + b * H * P + i, g.to(y.dtype.element_ty), mask=i < H * P)
+    inputs += b * (K - 1) * width
+    new = zxBCdt + b * (H * P + width + H) + H * P
+    for k in tl.static_range(K - 1):
+        later = inputs + (k + 1) * width if k < K - 2 else new
+        frame = tl.load(later + i, mask=i < width, other=0.0)
+        tl.store(inputs + k * width + i, frame.to(inputs.dtype.element_ty), mask=i < width)
+
+
+# ------------------------------------------------------------------------------------------------
 # The operator: sizes, launches, and what autograd and torch.compile have to know
 
 
 def configurations(dtype, H, P, N, Q, shared_memory):
     """The constants of each kernel, where a program may have so many bytes of shared memory.
 
-    There is one choice. Tiles of 128 with 8 warps halve what the products read from L2, and are for
-    the A100 and H100 (160 KB and more); RTX cards (99 KB), and fp32, get tiles of 64 with 4 warps.
+    Tiles of 128 with 8 warps halve what the products read from L2, and fill an H100's 227 KB. Other
+    cards have room for 64, and fp32, in three passes of the tensor cores, has registers for 32.
     """
-    large = shared_memory >= 160_000 and dtype != torch.float32
-    tile, warps, stages = (128, 8, 3) if large else (64, 4, 2)
+    if dtype == torch.float32:
+        tile, warps, stages = 32, 4, 2
+    elif shared_memory >= 200_000 and P <= 64:
+        tile, warps, stages = 128, 8, 3
+    else:
+        tile, warps, stages = 64, 4 if P <= 64 else 8, 2
     power = lambda size: max(16, triton.next_power_of_2(size))  # what tl.arange and tl.dot take
-    NB, ROWS, STEP = min(tile, power(N)), min(tile, Q), min(64, Q)
+    NB, ROWS, STEP = min(tile, power(N)), min(tile, Q), min(tile, 64, Q)
     shape = dict(H=H, P=P, Q=Q, PB=power(P), num_warps=warps, num_stages=stages)
-    slots = dict(SLOTS=Q // STEP + 2 * triton.cdiv(N, NB))
+    part = dict(PB=min(power(P), tile), SLOTS=Q // STEP + 2 * triton.cdiv(N, NB))
     return dict(
         states=dict(shape, N=N, NB=NB, STEP=STEP),
         output=dict(shape, N=N, NB=min(64, NB), ROWS=ROWS, STEP=STEP),
-        dcb=dict(shape, TILE=STEP, **slots),
-        dbc=dict(shape, N=N, NB=NB, ROWS=ROWS, STEP=STEP, **slots),
+        dcb=dict(shape | part, TILE=STEP, num_warps=8),
+        dbc=dict(shape | part, N=N, NB=NB, ROWS=ROWS, STEP=STEP),
     )
 
 
@@ -428,6 +512,39 @@ def _differentiate(ctx, dy, dlast, _):
 ssd_forward.register_autograd(_differentiate, setup_context=_save)
 
 
+@torch.library.custom_op("ssd::step", mutates_args=("conv", "state"))
+def step(
+    zxBCdt: Tensor, conv: Tensor, state: Tensor, weight: Tensor, bias: Tensor, dt_bias: Tensor,
+    A_log: Tensor, D: Tensor, norm: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
+    """One frame through the middle of `model.Mamba2`: what in_proj gave -> what out_proj takes.
+
+    zxBCdt (B, 2 H P + 2 N + H); conv (B, K-1, H P + 2 N) and state (B,H,P,N) fp32, contiguous, are
+    updated in place; weight (H P + 2 N, K) and bias of the convolution; dt_bias, A_log, D (H,);
+    norm (H P,), the RMSNorm's weight, and eps -> (B, H P), of zxBCdt's dtype.
+    """
+    (b, H, P, N), K = state.shape, weight.shape[1]
+    zxBCdt, weight = zxBCdt.contiguous(), weight.contiguous()
+    gated, y = state.new_empty(b, H * P), zxBCdt.new_empty(b, H * P)
+    ROWS, NB = min(32, triton.next_power_of_2(P)), triton.next_power_of_2(N)
+    args = zxBCdt, conv, state, weight, bias, dt_bias, A_log, D, gated
+    shape = dict(H=H, P=P, N=N, K=K, num_warps=8)
+    _launch(step_kernel, triton.cdiv(P, ROWS) * H * b, *args, **shape, ROWS=ROWS, NB=NB)
+    args, ALL = (gated, zxBCdt, conv, norm, y, eps), triton.next_power_of_2(H * P + 2 * N)
+    _launch(norm_kernel, b, *args, **shape, ALL=ALL)
+    return y
+
+
+@step.register_fake
+def _(zxBCdt, conv, state, weight, bias, dt_bias, A_log, D, norm, eps):
+    return zxBCdt.new_empty(state.shape[0], state.shape[1] * state.shape[2])
+
+
+def available(x):
+    """Whether the kernels run where x is: on a CUDA device of sm_80 or later, with Triton."""
+    return triton is not None and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 8
+
+
 def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     """The SSD with a memory of its own making: y and the final state, see model.ssd_recurrent.
 
@@ -451,12 +568,8 @@ def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     missing = -x.shape[1] % Q
     dt = rearrange(F.pad(dt.float(), (0, 0, 0, missing)), "b (c q) h -> b c h q", q=Q).contiguous()
     a = (dt * A.float()[:, None]).cumsum(-1)
-    B, C = (
-        rearrange(
-            F.pad(v.to(x.dtype), (0, 0, 0, missing)), "b (c q) n -> b c q n", q=Q
-        ).contiguous()
-        for v in (B, C)
-    )
+    B, C = (F.pad(v.to(x.dtype), (0, 0, 0, missing)).contiguous() for v in (B, C))
+    B, C = (v.unflatten(1, (-1, Q)) for v in (B, C))  # (B, c, Q, N)
     D, first = (None if v is None else v.float().contiguous() for v in (D, initial_state))
     y, last, _ = ssd_forward(x.contiguous(), dt, a, B, C, D, first)
     return y, last
