@@ -1,0 +1,349 @@
+"""How fast it is, measured beside others on this machine.
+
+    python bench.py kernel                 the SSD on a GPU: forward, backward, a step of decoding
+    python bench.py kernel --device cpu    the PyTorch form on a CPU
+
+Every line of a table is a contender: ours, and those peers that are installed. Repeats are
+interleaved (a machine that gets warm slows all of them), the figures are medians, and beside them
+stands the floor: what the bytes that must move and the products that must be made would take at the
+rates of copying and multiplying that this very device just showed.
+
+Letters are model.py's: B batch, L length, H heads, P headdim, N d_state, Q chunk.
+"""
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ssd_kernel
+from model import LMConfig, Mamba2, MambaState, entry, ssd_chunked
+
+CUDA_SHAPES = {  # (B, L, H, P, N)
+    "paper, 30 s": (4, 2600, 32, 64, 512),
+    "paper, 10 s": (4, 900, 32, 64, 512),
+    "16k frames": (1, 16384, 32, 64, 512),
+    "64k frames": (1, 65536, 32, 64, 512),
+    "Mamba-2 370M": (4, 2600, 32, 64, 128),
+    "Mamba-2 2.7B": (4, 2600, 80, 64, 128),
+}
+CPU_SHAPES = {"toy": (4, 862, 8, 32, 32), "paper, 30 s": (1, 2600, 32, 64, 512)}
+
+
+def inputs(shape, device, dtype):
+    """x, dt, A, B, C, D of one SSD, as Mamba-2's initialisation makes them."""
+    B, L, H, P, N = shape
+    g = torch.Generator().manual_seed(0)
+    normal = lambda *size: torch.randn(*size, generator=g).to(device, dtype)
+    dt = torch.exp(torch.empty(B, L, H).uniform_(math.log(1e-3), math.log(1e-1), generator=g))
+    A, D = -torch.empty(H).uniform_(1, 16, generator=g), torch.ones(H)
+    b, c = normal(B, L, N), normal(B, L, N) / N**0.5
+    args = normal(B, L, H, P), dt.to(device), A.to(device), b, c, D.to(device)
+    return [a.requires_grad_() for a in args]
+
+
+# ------------------------------------------------------------------------------------------------
+# The contenders: functions of (x, dt, A, B, C, D, Q) that return y
+
+
+def ours(x, dt, A, B, C, D, Q):
+    return ssd_kernel.ssd(x, dt, A, B, C, D, chunk=Q)[0]
+
+
+def pytorch(x, dt, A, B, C, D, Q):
+    return ssd_chunked(x, dt, A, B, C, D, chunk=Q)[0]
+
+
+def einsum(x, dt, A, B, C, D, Q):
+    """The SSD as its paper's listing 1 writes it: one einsum for each of the four steps."""
+    L = x.shape[1]
+    chunks = lambda v: F.pad(v, (0, 0) * (v.ndim - 2) + (0, -L % Q)).unflatten(1, (-1, Q))
+    u, B, C = chunks(x * dt[..., None]), chunks(B), chunks(C)
+    a = chunks(dt * A).permute(0, 3, 1, 2).cumsum(-1)  # (B, H, c, Q)
+    within = _decays(a)  # (B, H, c, Q, Q)
+    y = torch.einsum("bcin,bcjn,bhcij,bcjhp->bcihp", C, B, within, u)
+    states = torch.einsum("bcjn,bhcj,bcjhp->bchpn", B, torch.exp(a[..., -1:] - a), u)
+    between = _decays(F.pad(a[..., -1].cumsum(-1), (1, 0)))[:, :, :-1, 1:]  # (B, H, c, c)
+    entering = torch.einsum("bhdc,bchpn->bdhpn", between, states)
+    y = y + torch.einsum("bcin,bchpn,bhci->bcihp", C, entering, torch.exp(a))
+    return y.flatten(1, 2)[:, :L] + D[:, None] * x
+
+
+def _decays(a):
+    """exp(a_i - a_j) for j <= i, else 0."""
+    size = a.shape[-1]
+    future = torch.ones(size, size, dtype=torch.bool, device=a.device).triu(1)
+    return (a[..., :, None] - a[..., None, :]).masked_fill(future, -torch.inf).exp()
+
+
+def from_transformers():
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    return lambda x, dt, A, B, C, D, Q: mamba2_chunk_scan(
+        x, dt, A, B[:, :, None], C[:, :, None], Q, D=D
+    )
+
+
+def from_mamba_ssm():
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return lambda x, dt, A, B, C, D, Q: mamba_chunk_scan_combined(
+        x, dt, A, B[:, :, None], C[:, :, None], chunk_size=Q, D=D
+    )
+
+
+def from_fla():
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    def scan(x, dt, A, B, C, D, Q):
+        k, q = (v[:, :, None].expand(-1, -1, x.shape[2], -1).contiguous() for v in (B, C))
+        u = x * dt[..., None].to(x.dtype)
+        y, _ = chunk_simple_gla(q, k, u, g=dt * A, scale=1.0)
+        return y + D[:, None].to(x.dtype) * x
+
+    return scan
+
+
+def installed(peers):
+    """Those of {name: function that imports it} which import; the reason why not, for the rest."""
+    found = {}
+    for name, load in peers.items():
+        try:
+            found[name] = load()
+        except Exception as error:  # a broken installation raises what it likes
+            print(f"without {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def floor(shape, Q):
+    """(bytes, FLOPs) of the chunked algorithm in bf16, forward and backward.
+
+    Bytes: each operand once, and the chunks' states once out and once in. FLOPs: products of a
+    chunk with the states (forward two: into them and out of them; backward four), of the pairs of
+    frames of a chunk with x or dy (one and two), and those pairs themselves, C . B^T (one and two).
+    """
+    B, L, H, P, N = shape
+    x, bc, states = 2 * B * L * H * P, 2 * B * L * N, 2 * B * math.ceil(L / Q) * H * P * N
+    state, pairs, cb = 2 * B * L * H * P * N, B * L * Q * H * P, B * L * Q * N
+    forward = 2 * x + 2 * bc + 2 * states, 2 * state + pairs + cb
+    return forward, (3 * x + 4 * bc + 3 * states, 4 * state + 2 * pairs + 2 * cb)
+
+
+def device_rates():
+    """Bytes a second of a copy and FLOPs a second of a bf16 matrix product, measured."""
+    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    m = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    copy = median(events(lambda: b.copy_(a))[0] for _ in range(20))
+    product = median(events(lambda: m @ m)[0] for _ in range(20))
+    return 2 * a.numel() / copy * 1e3, 2 * 8192**3 / product * 1e3
+
+
+def events(*actions):
+    """Milliseconds that each of some actions takes on the device, one after the other."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(actions) + 1)]
+    marks[0].record()
+    for action, mark in zip(actions, marks[1:]):
+        action()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
+
+
+def scan_on_cuda(name, shape, Q, repeats, rates):
+    contenders = {"ours": ours, "PyTorch": pytorch}
+    contenders |= installed({"mamba_ssm": from_mamba_ssm, "fla": from_fla})
+    args = inputs(shape, "cuda", torch.bfloat16)
+    dy = torch.randn_like(args[0])
+    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # more than any L2 holds
+    times, first, peak, y = {}, {}, {}, {}
+
+    def once(contender):
+        def forward():
+            y[0] = contenders[contender](*args, Q)
+
+        flush.zero_()
+        result = events(forward, lambda: torch.autograd.grad(y[0], args, dy.view_as(y[0])))
+        y.clear()
+        return result
+
+    for contender in list(contenders):
+        start = time.perf_counter()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            once(contender)
+        except Exception as error:  # out of memory, or a shape that it has no kernel for
+            print(f"without {contender}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            del contenders[contender]
+            continue
+        first[contender] = time.perf_counter() - start
+        peak[contender] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        times[contender] = []
+    for _ in range(repeats):
+        for contender in contenders:
+            times[contender].append(once(contender))
+
+    print(f"\n{name}: B {shape[0]} L {shape[1]} H {shape[2]} P {shape[3]} N {shape[4]}, chunk {Q}")
+    print(f"{'':12}{'forward':>10}{'backward':>10}{'both ms':>10}{'peak MB':>10}{'first s':>10}")
+    least = [max(b / rates[0], f / rates[1]) * 1e3 for b, f in floor(shape, Q)]
+    print(f"{'floor':12}{least[0]:10.3f}{least[1]:10.3f}{sum(least):10.3f}")
+    for contender, each in times.items():
+        forward, backward = (median(t) for t in zip(*each))
+        print(
+            f"{contender:12}{forward:10.3f}{backward:10.3f}{median(map(sum, each)):10.3f}"
+            f"{peak[contender]:10.0f}{first[contender]:10.1f}"
+        )
+
+
+def step_on_cuda(batch, repeats, rates):
+    """A step of the paper's layer between its projections, replayed as a CUDA graph."""
+    layer = Mamba2(LMConfig()).cuda().requires_grad_(False)
+    H, N = layer.D.numel(), layer.d_state
+    zxBCdt = torch.randn(batch, sum(layer.sizes), device="cuda")
+    state = MambaState(
+        torch.zeros(batch, layer.conv1d.kernel_size[0] - 1, layer.sizes[1], device="cuda"),
+        torch.zeros(batch, H, layer.headdim, N, device="cuda"),
+    )
+    layer.in_proj, layer.out_proj = nn.Identity(), nn.Identity()
+    weights = layer.conv1d.weight[:, 0], layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
+    contenders = {
+        "ours": lambda: ssd_kernel.step(
+            zxBCdt, *state, *weights, layer.norm.weight, layer.norm.eps
+        ),
+        "PyTorch": lambda: layer.step(zxBCdt, state, None),
+    }
+    contenders |= installed({"mamba_ssm*": lambda: mamba_ssm_step(layer, zxBCdt, state)})
+    graphs = {}
+    for contender, run in contenders.items():
+        run()
+        torch.cuda.synchronize()
+        graphs[contender] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[contender]):
+            for _ in range(20):
+                run()
+    times = {contender: [] for contender in graphs}
+    for _ in range(repeats):
+        for contender, graph in graphs.items():
+            times[contender].append(events(graph.replay)[0] / 20 * 1e3)
+    moved = 2 * state.ssm.numel() * state.ssm.element_size()
+    print(f"\nstep: {batch} sequences, H {H} P {layer.headdim} N {N}, state {moved / 2e6:.1f} MB")
+    print(f"{'floor':12}{moved / rates[0] * 1e6:10.1f} us")
+    for contender, each in times.items():
+        print(f"{contender:12}{median(each):10.1f} us{moved / median(each) / 1e3:10.0f} GB/s")
+
+
+def mamba_ssm_step(layer, zxBCdt, state):
+    """* the update of the state alone, without convolution, gate and norm."""
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    batch, H, P, N = state.ssm.shape
+    _, xBC, dt = zxBCdt.split(layer.sizes, -1)
+    x, B, C = xBC.split([H * P, N, N], -1)
+    A = -torch.exp(layer.A_log)[:, None, None].expand(H, P, N)
+    dt, bias, D = (v[..., None].expand(*v.shape, P) for v in (dt, layer.dt_bias, layer.D))
+    x, B, C = x.unflatten(-1, (H, P)), B[:, None], C[:, None]
+    return lambda: selective_state_update(
+        state.ssm, x, dt, A, B, C, D, dt_bias=bias, dt_softplus=True
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# On a CPU: every contender in a process of its own, which alone knows its peak of memory
+
+
+CPU_CONTENDERS = {
+    "ours": lambda: pytorch,
+    "transformers": from_transformers,
+    "einsum": lambda: einsum,
+}
+
+
+def child(contender, shape, Q, repeats):
+    """Runs in the child: seconds of each forward + backward, and the memory it took, as JSON."""
+    f, args = CPU_CONTENDERS[contender](), inputs(shape, "cpu", torch.float32)
+    dy, times = torch.randn(*args[0].shape), []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(repeats + 1):  # the first is for warming up
+        start = time.perf_counter()
+        torch.autograd.grad(f(*args, Q), args, dy)
+        times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps(dict(times=times[1:], megabytes=peak / 1024)))
+
+
+def scan_on_cpu(name, shape, chunks, repeats):
+    print(f"\n{name}: B {shape[0]} L {shape[1]} H {shape[2]} P {shape[3]} N {shape[4]}, fp32")
+    print(f"{'':14}{'chunk':>6}{'forward + backward':>21}{'peak MB':>10}")
+    found = {(contender, Q): [] for Q in chunks for contender in CPU_CONTENDERS}
+    for _ in range(3):
+        for contender, Q in list(found):
+            job = ["--child", contender, "--chunk", str(Q), "--repeats", str(repeats)]
+            job = [sys.executable, __file__, "kernel", *job, "--shape", ",".join(map(str, shape))]
+            run = subprocess.run(job, capture_output=True, text=True)
+            if run.returncode:
+                print(f"without {contender}: {run.stderr.splitlines()[-1]}")
+                del found[contender, Q]
+            else:
+                found[contender, Q].append(json.loads(run.stdout.splitlines()[-1]))
+    for (contender, Q), runs in found.items():
+        seconds = median(t for run in runs for t in run["times"])
+        megabytes = median(run["megabytes"] for run in runs)
+        print(f"{contender:14}{Q:6}{seconds * 1e3:18.1f} ms{megabytes:10.0f}")
+
+
+def kernel(args):
+    if args.child:
+        return child(args.child, args.shape, args.chunk[0], args.repeats or 3)
+    given = {"given": args.shape} if args.shape else None
+    if args.device == "cpu":
+        for name, shape in (given or CPU_SHAPES).items():
+            scan_on_cpu(name, shape, args.chunk or [64, 256], args.repeats or 3)
+        return
+    if not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; try --device cpu")
+    rates = device_rates()
+    print(f"{torch.cuda.get_device_name()}: copies {rates[0] / 1e9:.0f} GB/s, multiplies bf16 at")
+    print(f"{rates[1] / 1e12:.0f} TFLOP/s; torch {torch.__version__}")
+    for name, shape in (given or CUDA_SHAPES).items():
+        for Q in args.chunk or [256]:
+            scan_on_cuda(name, shape, Q, args.repeats or 20, rates)
+    for batch in (2, 16):
+        step_on_cuda(batch, args.repeats or 20, rates)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("kernel", help="the SSD: forward, backward, step")
+    command.set_defaults(run=kernel)
+    command.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    command.add_argument("--shape", type=shape_of, help="B,L,H,P,N instead of those built in")
+    command.add_argument("--chunk", type=int, nargs="+", help="[256; on a CPU 64 and 256]")
+    command.add_argument("--repeats", type=int, help="[20; on a CPU 3 in each of 3 processes]")
+    command.add_argument("--child", choices=list(CPU_CONTENDERS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.run(args)
+
+
+def shape_of(text):
+    shape = tuple(map(int, text.split(",")))
+    if len(shape) != 5:
+        raise argparse.ArgumentTypeError("expected five numbers, B,L,H,P,N")
+    return shape
+
+
+if __name__ == "__main__":
+    entry(main)
