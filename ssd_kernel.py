@@ -23,8 +23,9 @@ and three of them serve twice, told apart by the constant REVERSE:
     dcb_kernel                 the gradient of C . B^T, and of the decays inside a chunk
     dbc_kernel                 dC from dy, dB from x, and the decays between chunks
 
-The few numbers a frame and head (dt, a, and their gradients) are left to PyTorch, C . B^T is one
-batched matrix product of its own. All of it is one operator to `torch.compile`.
+and two small ones at the end make `step`, one frame of decoding. The few numbers a frame and head
+(dt, a, and their gradients) are left to PyTorch, and C . B^T is one batched matrix product of its
+own. To autograd and `torch.compile` all of it is one operator.
 
 How many bytes: at the paper's shape (B 4, L 2600, H 32, P 64, N 512, bf16, Q 256) x and y are
 43 MB each, B and C 11 MB, C . B^T 6 MB, and the states 92 MB, since every chunk of 256 frames
@@ -55,6 +56,8 @@ jit = triton.jit if triton else lambda kernel: kernel
 # The backward needs the states that entered the chunks. Made again they cost 22 GFLOP; kept, 92 MB
 # a layer at the paper's shape, 2.2 GB in all its layers, of the 24 that an RTX 3090 has.
 KEEP_STATES = False
+
+DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
 @jit
@@ -193,8 +196,8 @@ def output_kernel(
 
 
 # ------------------------------------------------------------------------------------------------
-# With W_ij = e^{a_i - a_j} (C_i . B_j) dt_j (dy_i . x_j), the part of frame j in y_i dy_i, head by
-# head, for j <= i:
+# With W_ij = e^{a_i - a_j} (C_i . B_j) dt_j (dy_i . x_j), the part of frame j in y_i . dy_i, head
+# by head, for j <= i:
 #
 #     d(C . B^T)_ij = sum over heads of e^{a_i - a_j} dt_j (dy_i . x_j)
 #     da_i          = sum_{j < i} W_ij - sum_{k > i} W_ki
@@ -405,10 +408,9 @@ def configurations(dtype, H, P, N, Q, shared_memory):
 
 
 def _configurations(x, a, N):
-    room = (
-        torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
-    )
-    return configurations(x.dtype, x.shape[2], x.shape[3], N, a.shape[-1], room)
+    of = torch.cuda.get_device_properties
+    shared_memory = of(x.device).shared_memory_per_block_optin if x.is_cuda else 0
+    return configurations(x.dtype, *x.shape[2:], N, a.shape[-1], shared_memory)
 
 
 def _launch(kernel, programs, tensor, *args, **constants):
@@ -540,9 +542,20 @@ def _(zxBCdt, conv, state, weight, bias, dt_bias, A_log, D, norm, eps):
     return zxBCdt.new_empty(state.shape[0], state.shape[1] * state.shape[2])
 
 
+def obstacle(device):
+    """Why the kernels cannot run on a device, in one line; None if they can."""
+    if triton is None:
+        return "Triton is not installed"
+    if device.type != "cuda" or torch.version.hip:
+        return f"the Triton kernels are for NVIDIA GPUs, and this is {device.type}"
+    if torch.cuda.get_device_properties(device).major < 8:
+        return "the Triton kernels need a GPU of sm_80 or later"
+    return None
+
+
 def available(x):
-    """Whether the kernels run where x is: on a CUDA device of sm_80 or later, with Triton."""
-    return triton is not None and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 8
+    """Whether `ssd` can take x (..., P): model.Mamba2 asks, and uses model.ssd_chunked if not."""
+    return obstacle(x.device) is None and x.dtype in DTYPES and x.shape[-1] <= 128
 
 
 def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
@@ -554,10 +567,8 @@ def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     ValueError without Triton, and for what it has no kernel for.
     """
     if triton is None:
-        raise ValueError(
-            "ssd_kernel needs Triton (pip install triton, Linux); use model.ssd_chunked"
-        )
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.shape[-1] > 128:
+        raise ValueError("ssd_kernel needs Triton: pip install triton, or use model.ssd_chunked")
+    if x.dtype not in DTYPES or x.shape[-1] > 128:
         raise ValueError(
             f"ssd_kernel takes bf16, fp16 or fp32 and a headdim up to 128, not {x.dtype} and "
             f"{x.shape[-1]}; use model.ssd_chunked"
