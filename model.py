@@ -39,6 +39,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+import ssd_kernel
+
 # ------------------------------------------------------------------------------------------------
 # 1  The SSD: a linear recurrence whose state is a matrix
 #
@@ -82,45 +84,45 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
 
     Any L: the last chunk is filled up with dt = 0, frames that neither fade nor feed the state.
     """
-    L, Q = x.shape[1], min(chunk, x.shape[1])
-    initial_state = _initial_state(x, B, initial_state)
+    L, H, Q = *x.shape[1:3], min(chunk, x.shape[1])
+    state = _initial_state(x, B, initial_state)
     if missing := -L % Q:
         x, dt, B, C = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, missing)) for v in (x, dt, B, C))
-    H, P = x.shape[2:]
 
-    u = rearrange(x * dt[..., None].to(x.dtype), "b (c q) h p -> b c q (h p)", q=Q)
+    # Heads before frames: every product below is then one of matrices that lie whole in memory.
+    u = rearrange(x * dt[..., None].to(x.dtype), "b (c q) h p -> b c h q p", q=Q).contiguous()
     B, C = (rearrange(v, "b (c q) n -> b c q n", q=Q) for v in (B, C))
     # The decays are exponentials of sums: they are formed in fp32 and inside a chunk only, because
     # a sum over the whole sequence would lose the digits of the small differences that matter.
-    a = rearrange(dt.to(initial_state.dtype) * A, "b (c q) h -> b c q h", q=Q).cumsum(2)
+    a = rearrange(dt.to(state.dtype) * A, "b (c q) h -> b c h q", q=Q).contiguous().cumsum(-1)
 
     # 1. Inside each chunk: y_i = sum_j M_ij u_j. The mask enters before the exponential: above the
     #    diagonal a_i - a_j > 0 may overflow, and inf * 0 would poison the gradient.
-    ah = rearrange(a, "b c q h -> b c h q")
     future = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
-    decay = (ah[..., :, None] - ah[..., None, :]).masked_fill_(future, -torch.inf).exp()
+    decay = (a[..., :, None] - a[..., None, :]).masked_fill_(future, -torch.inf).exp()
     M = decay.to(x.dtype) * (C @ B.mT)[:, :, None]  # (B, c, H, Q, Q)
-    y = rearrange(M @ rearrange(u, "b c q (h p) -> b c h q p", h=H), "b c h q p -> b c q (h p)")
+    y = M @ u  # (B, c, H, Q, P)
 
     # 2. What each chunk adds to the state: every frame's outer product, faded to the chunk's end.
-    to_end = _per_channel(torch.exp(a[:, :, -1:] - a), P)  # (B, c, Q, H P)
-    added = (u * to_end.to(u.dtype)).mT @ B  # (B, c, H P, N)
+    faded = u * torch.exp(a[..., -1:] - a)[..., None].to(u.dtype)
+    added = rearrange(faded, "b c h q p -> b c (h p) q") @ B
+    added = rearrange(added, "b c (h p) n -> b c h p n", h=H)
 
     # 3. Pass the state along the chunks: the recurrence again, L/Q steps instead of L.
-    whole = _per_channel(torch.exp(a[:, :, -1]), P)[..., None]  # (B, c, H P, 1)
-    state, entering = rearrange(initial_state, "b h p n -> b (h p) n"), []
-    for c in range(added.shape[1]):
+    whole, entering = torch.exp(a[..., -1])[..., None, None], []  # (B, c, H, 1, 1)
+    for fade, new in zip(whole.unbind(1), added.unbind(1)):
         entering.append(state)
-        state = whole[:, c] * state + added[:, c]
+        state = fade * state + new
 
     # 4. What the entering state says: read it through C, faded from the chunk's beginning.
-    from_start = _per_channel(torch.exp(a), P)
-    y = y + (C @ torch.stack(entering, 1).to(C.dtype).mT) * from_start.to(y.dtype)
+    read = C @ rearrange(torch.stack(entering, 1).to(C.dtype), "b c h p n -> b c n (h p)")
+    read = rearrange(read, "b c q (h p) -> b c h q p", h=H)
+    y = y + read * torch.exp(a)[..., None].to(y.dtype)
 
-    y = rearrange(y, "b c q (h p) -> b (c q) h p", h=H)[:, :L]
+    y = rearrange(y, "b c h q p -> b (c q) h p")[:, :L]
     if D is not None:
         y = y + D[:, None].to(x.dtype) * x[:, :L]
-    return y, rearrange(state, "b (h p) n -> b h p n", h=H)
+    return y, state
 
 
 def _initial_state(x, B, state):
@@ -128,11 +130,6 @@ def _initial_state(x, B, state):
     if state is not None:
         return state.to(dtype)
     return x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1], dtype=dtype)
-
-
-def _per_channel(v, P):
-    """(..., H) -> (..., H P): the scalar of a head for each of its channels."""
-    return v.repeat_interleave(P, -1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -208,11 +205,18 @@ class Mamba2(nn.Module):
         dt = dt if mask is None else dt * mask
         x = rearrange(x, "b l (h p) -> b l h p", p=self.headdim)
         A = -torch.exp(self.A_log)
-        y, ssm = ssd_chunked(x, dt, A, B, C, self.D, chunk=self.chunk)
+        ssd = ssd_kernel.ssd if ssd_kernel.available(x) else ssd_chunked
+        y, ssm = ssd(x, dt, A, B, C, self.D, chunk=self.chunk)
         y = self.norm(rearrange(y, "b l h p -> b l (h p)") * F.silu(z))
         return self.out_proj(y), MambaState(conv_state, ssm)
 
     def step(self, h, state, position):
+        if ssd_kernel.available(state.ssm[..., 0]):  # all that follows, in two launches
+            y = ssd_kernel.step(
+                self.in_proj(h), *state, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias,
+                self.A_log, self.D, self.norm.weight, self.norm.eps,
+            )  # fmt: skip
+            return self.out_proj(y)
         z, xBC, dt = self.in_proj(h).split(self.sizes, -1)
         window = torch.cat([state.conv, xBC[:, None]], 1)  # (B, d_conv, H P + 2 N)
         state.conv.copy_(window[:, 1:])

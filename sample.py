@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import ssd_kernel
 from codec import decode_stream, load_codec, mel_spectrogram, read_audio
 from model import entry, generate, load_checkpoint, load_text_encoder, read_config
 
@@ -51,6 +52,8 @@ def main(argv=None):
     say = lambda text: print(text, file=sys.stderr if args.stream else sys.stdout)
     shape = f"{lm.config.blocks} blocks, {lm.config.codebooks} codebook(s)"
     say(f"{folder}: {lm.config.variant}, {shape}")
+    if lm.config.variant != "transformer":
+        say(ssd_kernel.path(torch.device(device)))
     for prompt in prompts:
         if encoder.too_long(prompt):
             say(f"the prompt is cut to its first {encoder.max_tokens} tokens: {prompt[:60]}...")

@@ -553,6 +553,12 @@ def obstacle(device):
     return None
 
 
+def path(device):
+    """Which implementation of the SSD runs on a device, and why: a line to print."""
+    reason = obstacle(device)
+    return f"SSD in PyTorch ({reason})" if reason else "SSD in Triton kernels"
+
+
 def available(x):
     """Whether `ssd` can take x (..., P): model.Mamba2 asks, and uses model.ssd_chunked if not."""
     return obstacle(x.device) is None and x.dtype in DTYPES and x.shape[-1] <= 128

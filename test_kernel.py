@@ -14,7 +14,16 @@ import pytest
 import torch
 
 import ssd_kernel
-from model import Context, LMConfig, Mamba2, MambaState, ssd_chunked, ssd_recurrent
+from model import (
+    Context,
+    LMConfig,
+    Mamba2,
+    MambaState,
+    generate,
+    ssd_chunked,
+    ssd_recurrent,
+)
+from test_model import tiny
 from test_ssd import inputs, outputs_and_gradients
 
 HERE = Path(__file__).parent
@@ -246,6 +255,23 @@ def check_steps(device):
 @interpreted
 def test_step_is_the_layers_step():
     check_steps("cpu")
+
+
+@interpreted
+@pytest.mark.parametrize("variant", ["mamba", "cross-simba"])
+def test_a_model_on_kernels_is_the_model(variant, monkeypatch):
+    lm, encoder = tiny(variant)
+    codes, prompts = torch.randint(50, (2, 1, 20)), ["a", "a longer prompt, so that one is padded"]
+    results = []
+    for available in (ssd_kernel.available, lambda x: True):
+        monkeypatch.setattr(ssd_kernel, "available", available)
+        text, mask = encoder(prompts)
+        loss = lm(codes, text.detach(), mask).float().square().mean()
+        gradients = torch.autograd.grad(loss, list(lm.parameters()))
+        played = torch.cat(list(generate(lm, encoder, prompts, 4, [1, 2], block=2)), 2)
+        results.append([loss, *gradients, played])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1, a.abs().max().item()))
 
 
 # ------------------------------------------------------------------------------------------------

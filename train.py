@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import ssd_kernel
 from data import Clips
 from model import (
     LMConfig,
@@ -383,6 +384,8 @@ def print_budget(lm, encoder, config, clips, device):
     text = sum(p.numel() for p in encoder.parameters())
     tokens = seen_before(config.steps, config)[1]
     flops = 6 * parameters * tokens
+    if lm.config.variant != "transformer":
+        print(ssd_kernel.path(torch.device(device)))
     print(
         f"{lm.config.variant}, {lm.config.blocks} blocks, {lm.config.codebooks} codebook(s): "
         f"{parameters / 1e6:.2f} M parameters (text encoder {text / 1e6:.2f} M, "
