@@ -125,6 +125,12 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     return y, state
 
 
+def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
+    """`ssd_chunked`, or the same as Triton kernels where those can run (`ssd_kernel.obstacle`)."""
+    function = ssd_kernel.ssd if ssd_kernel.available(x) else ssd_chunked
+    return function(x, dt, A, B, C, D, initial_state, chunk)
+
+
 def _initial_state(x, B, state):
     dtype = torch.promote_types(x.dtype, torch.float32)
     if state is not None:
@@ -182,8 +188,7 @@ class Mamba2(nn.Module):
             dt_range, A_range = (1e-2, 1), (1e-2, 1)
             self.conv1d.weight.data.mul_(0.3)[:, 0, -1] += 1
             self.conv1d.bias.data[self.d_inner :] = 1
-        dt = torch.exp(torch.empty(heads).uniform_(*map(math.log, dt_range)))
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(heads, *dt_range)))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_range).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSNorm(self.d_inner, eps=1e-5)
@@ -205,7 +210,6 @@ class Mamba2(nn.Module):
         dt = dt if mask is None else dt * mask
         x = rearrange(x, "b l (h p) -> b l h p", p=self.headdim)
         A = -torch.exp(self.A_log)
-        ssd = ssd_kernel.ssd if ssd_kernel.available(x) else ssd_chunked
         y, ssm = ssd(x, dt, A, B, C, self.D, chunk=self.chunk)
         y = self.norm(rearrange(y, "b l h p -> b l (h p)") * F.silu(z))
         return self.out_proj(y), MambaState(conv_state, ssm)
@@ -230,6 +234,14 @@ class Mamba2(nn.Module):
         y = (state.ssm @ C[:, None, :, None].to(u.dtype)).squeeze(-1).to(x.dtype)
         y = rearrange(y + self.D[:, None] * x, "b h p -> b (h p)")
         return self.out_proj(self.norm(y * F.silu(z)))
+
+
+def log_uniform(count, low, high):
+    return torch.exp(torch.empty(count).uniform_(math.log(low), math.log(high)))
+
+
+def inverse_softplus(v):
+    return v + torch.log(-torch.expm1(-v))
 
 
 class Empty(NamedTuple):
@@ -288,17 +300,17 @@ class KVCache(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head attention: the mixer that the SSD is compared with. Its state grows."""
+    """Multi-head attention: the mixer that the SSD is compared with. Its state grows."""
 
-    def __init__(self, config):
+    def __init__(self, config, causal=True):
         super().__init__()
-        self.heads = config.attention_heads
+        self.heads, self.causal = config.attention_heads, causal
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, h, context):
         q, k, v = rearrange(self.qkv(h), "b l (s h d) -> s b h l d", s=3, h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(rearrange(y, "b h l d -> b l (h d)")), KVCache(k, v)
 
     def step(self, h, state, position):
@@ -419,6 +431,13 @@ class Block(nn.Module):
         return h
 
 
+def sinusoids(position, width, dtype=torch.float32):
+    """positions (...) -> (..., width): cosines, then sines, of periods 2 pi to 20,000 pi."""
+    exponent = torch.arange(width // 2, device=position.device, dtype=dtype) / (width // 2 - 1)
+    angle = position[..., None].to(dtype) / 10000**exponent
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
 class LMState(NamedTuple):
     """All that the model remembers of what it read."""
 
@@ -496,14 +515,10 @@ class MusicLM(nn.Module):
         return sum(embed(columns[:, k]) for k, embed in enumerate(self.embeddings))
 
     def _positions(self, position):
-        """Sinusoids (..., D), cosine half first. Positions past the longest trained one stay there:
-        a sinusoid that training never showed derails the model, a familiar one does not."""
-        half = self.config.d_model // 2
-        dtype = self.text_norm.weight.dtype
-        exponent = torch.arange(half, device=position.device, dtype=dtype) / (half - 1)
+        """Sinusoids (..., D). Positions past the longest trained one stay there: a sinusoid that
+        training never showed derails the model, a familiar one does not."""
         position = position.clamp(max=self.config.trained_frames - 1)
-        angle = position[..., None].to(dtype) / 10000**exponent
-        return torch.cat([angle.cos(), angle.sin()], -1)
+        return sinusoids(position, self.config.d_model, self.text_norm.weight.dtype)
 
     def prefill(self, text, text_mask, codes=None, room=0):
         """Reads the text, the begin token and the codes (B, K, T) so far, if any

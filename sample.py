@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 import ssd_kernel
 from codec import decode_stream, load_codec, mel_spectrogram, read_audio
+from diffusion import load_refiner, refine
 from model import entry, generate, load_checkpoint, load_text_encoder, read_config
 
 ROOT = Path(__file__).parent
-SHIPPED = ROOT / "toy" / "lm"
+SHIPPED, SHIPPED_REFINER = ROOT / "toy" / "lm", ROOT / "toy" / "refiner"
 SHOWCASE = ["jazz reggae", "a slow calm piano waltz"]
 FORMATS = (".wav", ".flac", ".ogg")
 PLAYERS = (
@@ -46,12 +47,17 @@ def main(argv=None):
     config = read_config(folder)
     lm, encoder = load_checkpoint(folder), load_text_encoder(folder)
     codec = load_codec(config["codec"])
+    second = find_refiner(args, lm, codec)
     sampling = {**config.get("sampling", {}), **given(args, "guidance temperature top_k top_p")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm.to(device), encoder.to(device)
+    if second:
+        refiner_config = read_config(second)
+        refiner, its_encoder = load_refiner(second).to(device), load_text_encoder(second).to(device)
+        refining = refiner_config.get("sampling", {}) | given(args, "steps")
     say = lambda text: print(text, file=sys.stderr if args.stream else sys.stdout)
     shape = f"{lm.config.blocks} blocks, {lm.config.codebooks} codebook(s)"
-    say(f"{folder}: {lm.config.variant}, {shape}")
+    say(f"{folder}: {lm.config.variant}, {shape}" + (f"; refined by {second}" if second else ""))
     if lm.config.variant != "transformer":
         say(ssd_kernel.path(torch.device(device)))
     for prompt in prompts:
@@ -60,21 +66,33 @@ def main(argv=None):
 
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
     frames = max(1, round(args.seconds * codec.sample_rate / codec.hop))
-    heard = None
+    heard = known = None
     if args.continue_file:
-        heard = codec.encode(read_audio(args.continue_file))[:, : lm.config.codebooks]
-        heard = heard[..., -lm.config.trained_frames :].expand(len(jobs), -1, -1)
+        heard = codec.encode(read_audio(args.continue_file))  # (1, 9, T)
+        known = heard[:, : lm.config.codebooks, -lm.config.trained_frames :]
+    if known is not None:
+        known = known.expand(len(jobs), -1, -1)
     blocks = generate(
         lm, encoder, [p for p, _ in jobs], frames, [s for _, s in jobs],
-        negative=args.negative, codes=heard, **sampling,
+        negative=args.negative, codes=known, **sampling,
     )  # fmt: skip
-    if heard is not None:
-        blocks, frames = itertools.chain([heard], blocks), frames + heard.shape[2]
+
+    def audio(prompt, seed, pieces):
+        """From the first stage's codes, (k, l) at a time, to audio, 1.5 s at a time."""
+        before = None if heard is None else heard[0, :, : None if second else lm.config.codebooks]
+        if second:
+            pieces = refine(
+                refiner, its_encoder, codec, prompt, pieces, seed, heard=before, **refining
+            )
+        pieces = pieces if before is None else itertools.chain([before], pieces)
+        return decode_stream(codec, pieces)
 
     started = time.time()
     bar = tqdm(blocks, total=-(-frames // 64), unit="block", disable=None, leave=False)
+    if heard is not None:
+        frames += heard.shape[2]
     if args.stream or args.play:
-        play(decode_stream(codec, (block[0] for block in bar)), codec.sample_rate, args.stream)
+        play(audio(*jobs[0], (block[0] for block in bar)), codec.sample_rate, args.stream)
         return
     if len(jobs) == 1:  # decoded and written while it is made
         sources = [(block[0] for block in bar)]
@@ -83,7 +101,7 @@ def main(argv=None):
         sources = [[torch.from_numpy(one.astype(np.int64))] for one in codes]
     for (prompt, seed), path, source in zip(jobs, output_paths(args, jobs), sources):
         picture = Picture(frames * codec.hop)
-        write_stream(path, picture.watch(decode_stream(codec, source)), codec.sample_rate)
+        write_stream(path, picture.watch(audio(prompt, seed, source)), codec.sample_rate)
         picture.save(path.with_suffix(".png"), f"{prompt} (seed {seed})", codec.sample_rate)
         say(f"{path} and {path.with_suffix('.png').name}")
     seconds, took = len(jobs) * frames * codec.hop / codec.sample_rate, time.time() - started
@@ -106,12 +124,16 @@ def parse_arguments(argv):
     add("--top-p", type=float, help="... and of those the fewest that reach this share [1]")
     add("--negative", default="", help="a prompt to move away from")
     add("--continue", dest="continue_file", metavar="FILE", help="audio to go on from")
+    add("--steps", type=int, help="of the refiner: more are slower, and 100 are the paper's [25]")
+    add("--no-refiner", action="store_true", help="play the first stage's codes alone")
     add("--checkpoint", help="folder of a checkpoint [the newest in out/, else the one in toy/]")
+    add("--refiner", help="folder of a refiner [the newest in out/, else the one in toy/]")
     add("--out", help="a .wav, .flac or .ogg file, or a folder [PROMPT.wav here]")
     add("--play", action="store_true", help="play the (first) sample while it is made")
     add("--stream", action="store_true", help="write it to standard output, 16-bit mono PCM")
     args = parser.parse_args(argv)
-    for name, low in dict(seconds=0, n=0, temperature=0, top_k=0, top_p=0).items():
+    positive = dict(seconds=0, n=0, temperature=0, top_k=0, top_p=0, steps=0)
+    for name, low in positive.items():
         if (value := getattr(args, name)) is not None and not value > low:
             raise ValueError(f"--{name.replace('_', '-')} must be greater than {low}, not {value}")
     if args.guidance is not None and not np.isfinite(args.guidance):
@@ -139,10 +161,26 @@ def read_prompts(args):
     return prompts
 
 
-def newest_checkpoint():
-    """best/ of the user's newest run, else the shipped model."""
+def newest_checkpoint(refiner=False):
+    """best/ of the user's newest run (of a refiner, or of a language model), else what ships."""
     runs = [p.parent for p in Path("out").glob("*/best/config.json")]
-    return max(runs, key=lambda p: p.stat().st_mtime, default=SHIPPED)
+    runs = [run for run in runs if ("backbone" in read_config(run).get("model", {})) == refiner]
+    shipped = SHIPPED_REFINER if refiner else SHIPPED
+    return max(runs, key=lambda p: p.stat().st_mtime, default=shipped)
+
+
+def find_refiner(args, lm, codec):
+    """The folder of the second stage; None where there is nothing to refine, or none to do it."""
+    if args.no_refiner or lm.config.codebooks > 1:
+        return None
+    if args.refiner:
+        if (name := read_config(args.refiner).get("codec")) != codec.name:
+            raise ValueError(
+                f"{args.refiner} refines codes of {name}, the model's are {codec.name}"
+            )
+        return Path(args.refiner)
+    folder = newest_checkpoint(refiner=True)
+    return folder if read_config(folder).get("codec") == codec.name else None
 
 
 def output_paths(args, jobs):

@@ -1,6 +1,8 @@
-"""Trains a language model: one loop, read from top to bottom.
+"""Trains a language model, or the refiner: one loop, read from top to bottom.
 
     python train.py --variant simba                      the toy world: a laptop, minutes, offline
+    python train.py --variant simba --codebooks 9        ... a single stage, all codebooks at once
+    python train.py --variant refiner                    ... the second stage of two
     python train.py --variant simba --preset paper --data data/jamendo
     python train.py --resume out/simba                       goes on where it stopped
 
@@ -21,10 +23,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ssd_kernel
+from codec import load_codec
 from data import Clips
+from diffusion import Refiner, RefinerConfig, load_refiner, refiner_loss
 from model import (
+    VARIANTS,
     LMConfig,
     MusicLM,
     TextEncoder,
@@ -60,6 +66,7 @@ class TrainConfig:
     weight_decay: float = 2e-2  # on matrices only
     clip: float = 1.0  # largest norm of the gradient
     caption_dropout: float = 0.1  # captions replaced by nothing, for classifier-free guidance
+    ema: float = 0.0  # decay a step of the averaged weights that are kept; 0: the last ones are
     seed: int = 0  # of parameters, data order, crops, captions and dropout
     valid_every: int = 1000  # steps between validations; each is followed by a checkpoint
     valid_clips: int = 256  # clips of a validation
@@ -76,38 +83,63 @@ PRESETS = {
         accumulate=1, lr=3e-3, beta2=0.99, valid_every=125, valid_clips=64, compile=False,
     ),
 }  # fmt: skip
+REFINER_PRESETS = {
+    "paper": dict(
+        steps=200_000, seconds=10.0, crop=10.0, batch=16, accumulate=4, lr=2e-4,
+        caption_dropout=0.2, ema=0.9999,
+    ),
+    "toy": dict(
+        text_encoder="toy", layers=6, d_model=128, d_state=32, headdim=32, chunk=32, d_text=128,
+        attention_heads=4, steps=1500, seconds=256 / FRAME_RATE, crop=256 / FRAME_RATE, batch=16,
+        accumulate=1, lr=2e-3, beta2=0.99, caption_dropout=0.2, ema=0.995, valid_every=250,
+        valid_clips=64, compile=False,
+    ),
+}  # fmt: skip
 
 
 def main(argv=None):
     model_config, config, run = parse_arguments(argv)
+    refining = isinstance(model_config, RefinerConfig)
     torch.manual_seed(config.seed)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     resuming = (run / "last").exists() or (run / "last.old").exists()
 
     # Data and model. A clip of the toy world has no caption but the factors to draw one from.
     folder, describe = open_data(config.data)
     train, valid = (Clips(folder, split, model_config.codebooks) for split in ("train", "valid"))
+    codec = load_codec(train.meta["codec"]).to(device) if refining else None
     if resuming:
-        lm, encoder = load_checkpoint(run / "last"), load_text_encoder(run / "last")
+        load = load_refiner if refining else load_checkpoint
+        lm, encoder = load(run / "last"), load_text_encoder(run / "last")
     else:
         encoder = new_encoder(config.text_encoder)
         model_config.d_text = encoder.d_text
-        lm = MusicLM(model_config)
+        lm = Refiner(model_config) if refining else MusicLM(model_config)
+        if refining:
+            lm.fit(codec)
     encoder.requires_grad_(config.train_text_encoder > 0)
     lm.to(device).train()
     encoder.to(device).train(encoder.trained)
+    ema = AveragedModel(lm, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+    kept = ema.module if ema else lm  # the weights that are validated and stored
     optimizer = make_optimizer(lm, encoder, config)
     log = Log(run / "log.jsonl")
     step, best = 0, math.inf
     if resuming:
-        step, best = load_trainer(run / "last", lm, encoder, optimizer)
+        step, best = load_trainer(run / "last", lm, encoder, optimizer, ema)
         log.cut(step)
     print_budget(lm, encoder, config, train, device)
 
     def save(name):
         extra = dict(train=asdict(config), step=step, best=best, codec=train.meta["codec"])
-        files = {"trainer.safetensors": trainer_state(lm, encoder, optimizer)}
-        save_checkpoint(run / name, lm, encoder, extra, files if name == "last" else None)
+        files = {"trainer.safetensors": trainer_state(lm, encoder, optimizer, ema)}
+        save_checkpoint(run / name, kept, encoder, extra, files if name == "last" else None)
+
+    def loss_of(codes, captions):
+        if refining:
+            with autocast(device):
+                return refiner_loss(forward, encoder, codec, codes, captions)
+        return caption_loss(forward, encoder, codes, captions)
 
     stop = []  # Ctrl-C and SIGTERM finish the step, then save
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -126,7 +158,7 @@ def main(argv=None):
             codes, captions = train.batch(
                 first, batch, frames, config.seed, describe, config.caption_dropout
             )
-            part = caption_loss(forward, encoder, codes.to(device), captions) / config.accumulate
+            part = loss_of(codes.to(device), captions) / config.accumulate
             part.backward()
             loss += part.item()
             seen += codes[:, 0].numel()
@@ -136,6 +168,8 @@ def main(argv=None):
         if math.isfinite(norm):
             optimizer.step()
             bad = 0
+            if ema:
+                ema.update_parameters(lm)
         else:
             bad += 1
             print(f"step {step}: loss {loss}, gradient {norm}; step skipped")
@@ -156,7 +190,8 @@ def main(argv=None):
             )
         if step % config.valid_every == 0 or step == config.steps or stop:
             if not stop:
-                scores = validate(lm, encoder, valid, describe, config.valid_clips, device)
+                scores = validate(kept, encoder, codec, valid, describe, config, device)
+                lm.train(), encoder.train(encoder.trained)
                 log.write(step=step, **scores)
                 print("\n  valid  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
                 if scores["right"] < best:
@@ -168,31 +203,45 @@ def main(argv=None):
                 sys.exit(130)
 
     plot(log, run / "loss.png")
-    print(f"{run}: best validation loss {best:.3f} nats per token; curve in {run}/loss.png")
+    unit = "|v error|" if refining else "nats per token"
+    print(f"{run}: best validation loss {best:.3f} {unit}; curve in {run}/loss.png")
     import sample
 
-    sample.main([*sample.SHOWCASE, "--checkpoint", str(run / "best"), "--out", str(run)])
+    role = "--refiner" if refining else "--checkpoint"
+    sample.main([*sample.SHOWCASE, role, str(run / "best"), "--out", str(run)])
 
 
 def parse_arguments(argv):
-    first = argparse.ArgumentParser(add_help=False)  # the preset decides the others' defaults
+    # The variant and the preset decide what other options there are, and their defaults.
+    first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="toy", choices=PRESETS, help="sizes and schedule [toy]")
     first.add_argument("--resume", metavar="RUN", help="go on with this run's folder")
-    preset = PRESETS[first.parse_known_args(argv)[0].preset]
+    first.add_argument(
+        "--variant", default="simba", choices=[*VARIANTS, "refiner"], help="what to train [simba]"
+    )
+    known = first.parse_known_args(argv)[0]
+    refining = known.variant == "refiner"
+    kind, preset = (
+        (RefinerConfig, REFINER_PRESETS[known.preset])
+        if refining
+        else (LMConfig, PRESETS[known.preset] | dict(variant=known.variant))
+    )
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[first],
+        conflict_handler="resolve",  # LMConfig has a variant as well
     )
-    add_arguments(parser.add_argument_group("model"), LMConfig, **preset)
+    add_arguments(parser.add_argument_group("model"), kind, **preset)
     add_arguments(parser.add_argument_group("training"), TrainConfig, **preset)
     args = parser.parse_args(argv)
     pick = lambda kind: kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
     if args.resume:
         saved = read_config(Path(args.resume) / "last")
-        return LMConfig(**saved["model"]), TrainConfig(**saved["train"]), Path(args.resume)
-    model, config = pick(LMConfig), pick(TrainConfig)
-    name = model.variant + ("" if model.codebooks == 1 else f"-{model.codebooks}")
+        kind = RefinerConfig if "backbone" in saved["model"] else LMConfig
+        return kind(**saved["model"]), TrainConfig(**saved["train"]), Path(args.resume)
+    model, config = pick(kind), pick(TrainConfig)
+    name = model.variant + ("" if refining or model.codebooks == 1 else f"-{model.codebooks}")
     run = Path(config.out or f"out/{name}")
     if (run / "last").exists():
         raise ValueError(f"{run} holds a run: go on with --resume {run}, or choose another --out")
@@ -303,51 +352,64 @@ def named_parameters(lm, encoder):
 
 
 @torch.no_grad()
-def validate(lm, encoder, clips, describe, count, device):
-    """Nats per token over whole clips with the right captions, with another clip's, with none; and
-    over their first second, where the text is all there is to go by ("1s")."""
-    lm.eval(), encoder.eval()
-    count, second = min(count, len(clips)), round(FRAME_RATE)
+def validate(model, encoder, codec, clips, describe, config, device):
+    """Losses over whole clips with the right captions, with another clip's, with none; and under a
+    second name where the text is all there is to go by. Of a language model, nats per token, and
+    those of the clips' first second ("1s"); of the refiner, |v error|, and without the sketch."""
+    model.eval(), encoder.eval()
+    count, second = min(config.valid_clips, len(clips)), round(FRAME_RATE)
     rows = range(count)
     frames = max(clips.rows[i]["frames"] for i in rows)
     captions = [describe(clips.rows[i], np.random.default_rng([17, i])) for i in rows]
     others = {"right": captions, "shuffled": captions[1:] + captions[:1], "empty": [""] * count}
     scores = {}
     for kind, texts in others.items():
-        total, early = [], []
+        whole, little = [], []  # (sum of losses, their number)
         for i in range(0, count, 8):
             part = range(i, min(i + 8, count))
             codes = torch.from_numpy(np.stack([clips.codes(j, 0, frames) for j in part])).to(device)
-            losses = caption_loss(lm, encoder, codes, [texts[j] for j in part], "none").view_as(
-                codes
-            )
-            real = codes != lm.config.codebook_size
-            total.append((losses.sum().item(), real.sum().item()))
-            early.append((losses[..., :second].sum().item(), real[..., :second].sum().item()))
-        scores[kind], scores[kind + "_1s"] = (
-            sum(a for a, _ in pairs) / sum(b for _, b in pairs) for pairs in (total, early)
-        )
-    lm.train(), encoder.train(encoder.trained)
+            said = [texts[j] for j in part]
+            if codec:
+                for sums, dropout in ((whole, 0.0), (little, 1.0)):
+                    same = torch.Generator().manual_seed(i)  # noise and times, for every caption
+                    with autocast(device):
+                        loss = refiner_loss(model, encoder, codec, codes, said, dropout, same)
+                    sums.append((loss.item() * len(part), len(part)))
+                continue
+            losses = caption_loss(model, encoder, codes, said, "none").view_as(codes)
+            real = codes != model.config.codebook_size
+            whole.append((losses.sum().item(), real.sum().item()))
+            little.append((losses[..., :second].sum().item(), real[..., :second].sum().item()))
+        for name, sums in ((kind, whole), (kind + ("_blind" if codec else "_1s"), little)):
+            scores[name] = sum(a for a, _ in sums) / sum(b for _, b in sums)
     return scores
 
 
-def trainer_state(lm, encoder, optimizer):
-    """What resuming needs besides the weights: the optimiser's moments and the RNG of dropout."""
+def trainer_state(lm, encoder, optimizer, ema):
+    """What resuming needs besides the stored weights: the optimiser's moments, the RNG of dropout
+    and, where the stored weights are averages, those that are trained."""
     state = {"rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda_rng"] = torch.cuda.get_rng_state()
     for name, p in named_parameters(lm, encoder).items():
         state |= {f"{k}.{name}": v.detach().cpu() for k, v in optimizer.state[p].items()}
+        if ema:
+            state[f"trained.{name}"] = p.detach().cpu()
     return state
 
 
-def load_trainer(folder, lm, encoder, optimizer):
+@torch.no_grad()
+def load_trainer(folder, lm, encoder, optimizer, ema):
     state, config = read_tensors(folder / "trainer.safetensors"), read_config(folder)
     for name, p in named_parameters(lm, encoder).items():
         optimizer.state[p] = {
             k: state[f"{k}.{name}"].to("cpu" if k == "step" else p.device)
             for k in ("step", "exp_avg", "exp_avg_sq")
         }
+        if ema:
+            p.copy_(state[f"trained.{name}"])
+    if ema:
+        ema.n_averaged.fill_(config["step"])  # or the next update would begin a new average
     torch.set_rng_state(state["rng"])
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
@@ -385,7 +447,7 @@ def print_budget(lm, encoder, config, clips, device):
     tokens = seen_before(config.steps, config)[1]
     flops = 6 * parameters * tokens
     if lm.config.variant != "transformer":
-        print(ssd_kernel.path(torch.device(device)))
+        print(ssd_kernel.path(device))
     print(
         f"{lm.config.variant}, {lm.config.blocks} blocks, {lm.config.codebooks} codebook(s): "
         f"{parameters / 1e6:.2f} M parameters (text encoder {text / 1e6:.2f} M, "
@@ -408,11 +470,15 @@ def plot(log, path):
     x, y = np.array(steps).T
     n = min(50, len(y))
     axes[0].plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), "0.6", lw=1, label="training")
-    for axis, suffix, title in zip(axes, ("", "_1s"), ("whole clips", "a clip's first second")):
+    refining = any("right_blind" in row for row in log.rows)
+    panels = {"": "whole clips"} | (
+        {"_blind": "without the sketch"} if refining else {"_1s": "a clip's first second"}
+    )
+    for axis, (suffix, title) in zip(axes, panels.items()):
         for kind, color in (("right", "C0"), ("shuffled", "C1"), ("empty", "C2")):
             points = [(r["step"], r[kind + suffix]) for r in log.rows if kind + suffix in r]
             axis.plot(*zip(*points), "o-", color=color, ms=3, label=f"validation, {kind} captions")
-        axis.set(title=title, xlabel="step", ylabel="nats per token")
+        axis.set(title=title, xlabel="step", ylabel="|v error|" if refining else "nats per token")
         axis.legend()
     worst = max(r[kind] for r in log.rows for kind in ("right", "shuffled", "empty") if kind in r)
     axes[0].set_ylim(top=1.1 * worst)  # the first steps' losses would flatten all the others

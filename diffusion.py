@@ -1,0 +1,404 @@
+"""The second stage: from the first codebook to all nine, by diffusion.
+
+The language model writes a sketch, one code a frame, and keeps the rhythm, the timbre and the form
+of the music in it. This model paints: given the sketch and the text, it makes codebooks 2 ... 9 of
+all frames at once, by starting from noise and removing it in a few dozen steps. Whatever wrote the
+sketch, a model of any kind or the codec itself, it stays as it is (SSMTTM III-B, eq. 4).
+
+    1  the noise       a schedule, three ways to say the same thing, one step backwards
+    2  the layers      BiMamba2, an SSD that looks both ways; a layer told the time (adaLN)
+    3  the model       RefinerConfig, Refiner, and what it is trained for: `refiner_loss`
+    4  refining        `refine`: codes in, codes out, window by window, any length
+
+Letters are model.py's: B batch · L frames · K codebooks · D d_model · H heads · P headdim ·
+N d_state. C = 8 (K - 1) are the channels of the codes that are made, t is a time of diffusion.
+
+Papers: the task is DiscoDiff's (Lanzendoerfer et al., ICASSP 2025), made small; the layers are
+DiT's (arXiv 2212.09748) with PixArt's shared adaLN (arXiv 2310.00426); the mixer that looks both
+ways is Hydra's (arXiv 2407.09941).
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from model import (
+    FeedForward,
+    RMSNorm,
+    SelfAttention,
+    inverse_softplus,
+    load_weights,
+    log_uniform,
+    read_config,
+    sinusoids,
+    ssd,
+)
+
+# ------------------------------------------------------------------------------------------------
+# 1  The noise
+#
+# x_0 is what we want: the vectors of the fine codes, scaled so that every channel has variance one.
+# Mix it with noise e of the same variance, and the mixture has variance one as well if
+#
+#     x_t = a_t x_0 + b_t e          a_t^2 + b_t^2 = 1          t = 0 (clean) ... T (noise)
+#
+# a and b are a cosine and a sine: as t runs from 0 to T, x_t turns from x_0 to e at about constant
+# speed. (Exactly, a_t^2 is a product of 1 - beta_t with no beta above 0.999, so that even at T a
+# trace of x_0 is left and no step divides by zero: Nichol & Dhariwal, arXiv 2102.09672, eq. 17.)
+#
+# A network that sees x_t and t can be asked for x_0, or for e, or for any mixture of them, and each
+# answer gives the others. Asked for x_0 it has nothing to do at t = 0, asked for e nothing at T.
+# We ask for the direction in which x_t turns (Salimans & Ho, arXiv 2202.00512):
+#
+#     v = a_t e - b_t x_0        so that        x_0 = a_t x_t - b_t v,        e = b_t x_t + a_t v
+#
+# for (x_0, e) -> (x_t, v) is a rotation, and the second pair is the rotation back. The task is then
+# equally hard at all times, and no error is blown up by a division.
+#
+# Going back. Suppose that the network has told x_0 and e, and we want x_s for an earlier s < t.
+#
+#     x_s = a_s x_0 + sqrt(b_s^2 - n^2) e + n z          z fresh noise
+#
+# has the right variance for any n up to b_s. With n = 0 nothing is left to chance after the first
+# x_T: this is DDIM (Song et al., arXiv 2010.02502), and as its path is smooth, it may take long
+# strides. With
+#
+#     n^2 = (b_s^2 / b_t^2) (1 - a_t^2 / a_s^2)
+#
+# x_s is drawn from q(x_s | x_t, x_0), Bayes' answer to what came before x_t: this is DDPM (Ho et
+# al., SSMTTM [46]), which forgets its old errors in the fresh noise, and wants every step.
+#
+# The network's x_0 is a mean over all that it thinks possible, so at large t it is blurred, and
+# grows sharp as x_t does. At the end every vector snaps to the nearest entry of its codebook.
+
+
+def cosine_schedule(T, s=0.008, most=0.999):
+    """a_t^2 for t = 0 ... T: (T + 1,) float64, from 1 down to nearly 0."""
+    t = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((t + s) / (1 + s) * math.pi / 2).square()
+    beta = (1 - f[1:] / f[:-1]).clamp(max=most)
+    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+
+
+def turn(x, y, a, b):
+    """(x_0, e) -> (x_t, v): by the angle whose cosine and sine are a and b."""
+    return a * x + b * y, a * y - b * x
+
+
+def turn_back(x, v, a, b):
+    """(x_t, v) -> (x_0, e)"""
+    return a * x - b * v, b * x + a * v
+
+
+def denoise(predict, x, schedule, steps, generator=None, known=None, limit=None):
+    """From noise x (B, C, L) to x_0 in `steps` steps: DDPM if they are all T of them, else DDIM.
+
+    predict(x_t, t) -> v, with t an int; generator: of the noise on the way; known (B, C, k): the
+    true x_0 of the first k frames, which are held to it, so that the rest goes on from them; limit
+    (C, 1): the largest magnitude that any x_0 has.
+    """
+    T = len(schedule) - 1
+    if not 1 <= steps <= T:
+        raise ValueError(f"a number of steps from 1 to {T}, not {steps}")
+    draw = lambda like: torch.randn(like.shape, generator=generator).to(like)
+    stops = torch.linspace(T, 0, steps + 1).round().long().tolist()
+    a, b = schedule.sqrt().tolist(), (1 - schedule).sqrt().tolist()
+    k = 0 if known is None else known.shape[2]
+    fixed = draw(x[..., :k])
+    for t, s in zip(stops, stops[1:]):
+        if k:
+            x = torch.cat([a[t] * known + b[t] * fixed, x[..., k:]], 2)
+        x0, e = turn_back(x, predict(x, t), a[t], b[t])
+        if limit is not None:
+            x0 = x0.clamp(-limit, limit)
+            e = (x - a[t] * x0) / b[t]
+        n = b[s] / b[t] * math.sqrt(1 - (a[t] / a[s]) ** 2) if steps == T else 0.0
+        x = a[s] * x0 + math.sqrt(max(b[s] ** 2 - n**2, 0)) * e
+        if n:
+            x = x + n * draw(x)
+    return x
+
+
+# ------------------------------------------------------------------------------------------------
+# 2  The layers: (B, L, D) -> (B, L, D)
+
+
+class BiMamba2(nn.Module):
+    """Mamba-2 that looks both ways (Hydra, arXiv 2407.09941, sec. 3).
+
+    Two SSDs, one over the frames in order and one in reverse order, run as one of twice the batch.
+    They share x, the gate and A; B, C and dt are their own. As matrices over time one is lower and
+    the other upper triangular, and both have a diagonal; so each is shifted by one frame, to leave
+    the frame itself to D x alone:
+
+        y_t = (forward at t - 1) + (backward at t + 1) + D x_t
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.chunk, self.headdim = config.chunk, config.headdim
+        d_inner, N = config.expand * config.d_model, config.d_state
+        heads = d_inner // config.headdim
+        self.sizes = [d_inner, d_inner + 4 * N, 2 * heads]  # z | x B B' C C' | dt dt'
+        self.inner_sizes = [d_inner, 2 * N, 2 * N]
+        self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
+        channels, taps = self.sizes[1], config.d_conv
+        self.conv1d = nn.Conv1d(channels, channels, taps, groups=channels, padding=taps // 2)
+        self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(2 * heads, 1e-2, 1)))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1e-2, 1).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = RMSNorm(d_inner, eps=1e-5)
+        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+
+    def forward(self, h):
+        z, xBC, dt = self.in_proj(h).split(self.sizes, -1)
+        x, B, C = F.silu(self.conv1d(xBC.mT).mT).split(self.inner_sizes, -1)
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (B, L, 2 H)
+        x = rearrange(x, "b l (h p) -> b l h p", p=self.headdim)
+        both = lambda forward, backward: torch.cat([forward, backward.flip(1)])
+        dt, B, C = (both(*v.chunk(2, -1)) for v in (dt, B, C))  # (2 B, L, ...)
+        y, _ = ssd(both(x, x), dt, -torch.exp(self.A_log), B, C, chunk=self.chunk)
+        before, after = F.pad(y, (0, 0, 0, 0, 1, -1)).chunk(2)  # (B, L, H, P)
+        y = before + after.flip(1) + self.D[:, None].to(x.dtype) * x
+        return self.out_proj(self.norm(rearrange(y, "b l h p -> b l (h p)") * F.silu(z)))
+
+
+class Attention(SelfAttention):
+    """The baseline: every frame looks at every other."""
+
+    def __init__(self, config):
+        super().__init__(config, causal=False)
+
+    def forward(self, h):
+        return super().forward(h, None)[0]
+
+
+MIXERS = {"ssd": BiMamba2, "attention": Attention}
+
+
+class Layer(nn.Module):
+    """A mixer over frames and a feed-forward over channels. What time and text have to say enters
+    as a scale, a shift and a gate of each (DiT's adaLN), six vectors that all layers receive alike
+    and to which each adds its own table (PixArt's adaLN-single)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mixer, self.ff = MIXERS[config.backbone](config), FeedForward(config)
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(config.d_model, elementwise_affine=False) for _ in range(2)
+        )
+        self.table = nn.Parameter(torch.randn(6, config.d_model) / config.d_model**0.5)
+
+    def forward(self, h, modulation):  # (B, L, D), (B, 6, D)
+        vectors = (self.table + modulation)[:, :, None].unbind(1)  # six of (B, 1, D)
+        for mix, norm, (scale, shift, gate) in zip(
+            (self.mixer, self.ff.step), self.norms, (vectors[:3], vectors[3:])
+        ):
+            h = h + gate * mix(norm(h) * (1 + scale) + shift)
+        return h
+
+
+# ------------------------------------------------------------------------------------------------
+# 3  The model
+
+
+@dataclass
+class RefinerConfig:
+    """The refiner's shape. The defaults are the paper-size preset's: 49 M parameters."""
+
+    backbone: str = "ssd"  # what mixes the frames: ssd (bidirectional Mamba-2) or attention
+    layers: int = 12  # of a mixer and a feed-forward each
+    d_model: int = 512  # D, width of the residual stream
+    d_state: int = 64  # N, columns of each head's state
+    headdim: int = 64  # P, rows of each head's state
+    expand: int = 2  # the SSD works on expand * D channels
+    d_conv: int = 7  # taps of the convolution, centred; an odd number
+    chunk: int = 64  # Q, frames that the SSD handles by one matrix product
+    attention_heads: int = 8  # heads of the attention backbone
+    ff_mult: int = 4  # hidden width of the feed-forward layer, in units of D
+    dropout: float = 0.0  # inside the feed-forward
+    codebooks: int = 9  # K; the first is given, the others are made
+    code_dim: int = 8  # dimensions of a code's vector
+    codebook_size: int = 1024  # codes of a codebook
+    d_text: int = 768  # width of the text encoder's output
+    timesteps: int = 100  # T, steps from data to noise
+
+    def __post_init__(self):
+        if self.backbone not in MIXERS:
+            raise ValueError(f"unknown backbone {self.backbone!r}: choose {' or '.join(MIXERS)}")
+        if self.backbone == "ssd" and self.expand * self.d_model % self.headdim:
+            raise ValueError(f"headdim {self.headdim} must divide {self.expand * self.d_model}")
+        if self.d_model % self.attention_heads:
+            raise ValueError(f"{self.attention_heads} attention heads must divide {self.d_model}")
+        if self.d_conv % 2 == 0:
+            raise ValueError(f"d_conv must be odd, to have a middle, not {self.d_conv}")
+
+    @property
+    def variant(self):
+        return "refiner"
+
+    @property
+    def blocks(self):
+        return self.layers
+
+
+class Refiner(nn.Module):
+    """Tells v from x_t, the time, the sketch and the text.
+
+    refiner(x (B,C,L), t (B,), coarse (B,8,L), text (B,d_text), sketched (B,)) -> v (B,C,L); where
+    `sketched` is False, the sketch is not looked at. Any L.
+    """
+
+    def __init__(self, config: RefinerConfig):
+        super().__init__()
+        self.config = config
+        D, channels = config.d_model, (config.codebooks - 1) * config.code_dim
+        # Set by `fit`: what makes every dimension of every codebook's entries of variance one.
+        self.register_buffer("scale", torch.ones(config.codebooks, config.code_dim, 1))
+        self.register_buffer("limit", torch.full((channels, 1), torch.inf))
+        self.register_buffer("schedule", cosine_schedule(config.timesteps), persistent=False)
+        self.nothing = nn.Parameter(torch.zeros(config.code_dim, 1))  # in place of the sketch
+        self.into = nn.Linear(channels + config.code_dim, D)
+        self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+        self.text = nn.Linear(config.d_text, D)
+        self.modulate = nn.Linear(D, 6 * D)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(D)
+        self.out = nn.Linear(D, channels)
+        nn.init.normal_(self.modulate.weight, std=0.02)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x, t, coarse, text, sketched):
+        D = self.config.d_model
+        coarse = torch.where(sketched[:, None, None], coarse, self.nothing.to(coarse.dtype))
+        h = self.into(torch.cat([x, coarse], 1).mT)  # (B, L, D)
+        if self.config.backbone == "attention":  # an SSD knows what is before and what behind
+            h = h + sinusoids(torch.arange(h.shape[1], device=h.device), D).to(h.dtype)
+        said = self.time(sinusoids(t, D)) + self.text(text)  # (B, D)
+        modulation = self.modulate(F.silu(said)).unflatten(-1, (6, D))
+        for layer in self.layers:
+            h = layer(h, modulation)
+        return self.out(self.norm(h)).mT
+
+    @torch.no_grad()
+    def fit(self, codec):
+        """Takes the scale of each dimension from the entries of the codec's codebooks."""
+        K = self.config.codebooks
+        every = torch.arange(self.config.codebook_size).expand(1, K, -1)
+        entries = codec.vectors(every)[0]  # (K, 8, 1024)
+        self.scale.copy_(1 / entries.square().mean(2, keepdim=True).sqrt().clamp(min=1e-6))
+        self.limit.copy_((self.scale * entries)[1:].abs().amax(2, keepdim=True).flatten(0, 1))
+
+    def signal(self, codec, codes):
+        """codes (B, k, L), k = 1 or K -> x_0 (B, C, L), or None if k = 1, and coarse (B, 8, L)"""
+        vectors = codec.vectors(codes) * self.scale[: codes.shape[1]]  # (B, k, 8, L)
+        fine = vectors[:, 1:].flatten(1, 2) if codes.shape[1] > 1 else None
+        return fine, vectors[:, 0]
+
+    def snap(self, codec, x0):
+        """x_0 (B, C, L) -> codes 2 ... K, (B, K - 1, L): each the nearest entry"""
+        vectors = x0.unflatten(1, (-1, self.config.code_dim)) / self.scale[1:]
+        return codec.nearest(vectors, first=1)
+
+
+def pooled(encoder, captions):
+    """-> (B, d_text), the mean over a caption's tokens; of the empty string that of </s> alone."""
+    text, mask = encoder(captions)
+    mask = mask[..., None].to(text.dtype)
+    return (text * mask).sum(1) / mask.sum(1)
+
+
+def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, generator=None):
+    """Mean |v - prediction| at random times (B,), for codes (B, K, L) and their captions; the
+    captions that are to be dropped are empty already, the sketch is dropped here."""
+    config, B = refiner.config, len(codes)
+    real = (codes[:, :1] != config.codebook_size).to(torch.float32)  # (B, 1, L); the rest: padding
+    device = codes.device
+    draw = lambda *shape: torch.rand(*shape, generator=generator).to(device)
+    x0, coarse = refiner.signal(codec, codes.clamp(max=config.codebook_size - 1))
+    t = (draw(B) * config.timesteps).long() + 1
+    noise = torch.randn(x0.shape, generator=generator).to(device)
+    a = refiner.schedule[t].sqrt().float()[:, None, None]
+    b = (1 - refiner.schedule[t]).sqrt().float()[:, None, None]
+    x, v = turn(x0, noise, a, b)
+    text = pooled(encoder, captions)
+    found = refiner(x, t, coarse, text, draw(B) >= sketch_dropout)
+    return ((found.float() - v).abs() * real).sum() / (real.sum() * x0.shape[1])
+
+
+# ------------------------------------------------------------------------------------------------
+# 4  Refining
+
+WINDOW = 896  # frames (10.4 s) that are refined at once
+KNOWN = 64  # frames that a window takes over from the one before, and goes on from
+AHEAD = 32  # frames at a window's end that are made only to be looked at, and made anew
+
+
+@torch.inference_mode()
+def refine(
+    refiner, encoder, codec, prompt, pieces, seed, *, heard=None, steps=25, guidance=1.0
+) -> Iterator[Tensor]:
+    """Pieces (1, l) of first-codebook codes, cut anywhere -> pieces (K, l) of all codebooks, whose
+    first row is what was given. As many frames come out as went in.
+
+    Music of any length is refined in windows, in constant memory. A window's first frames are
+    those that the window before has finished: they are held to what they are at every step, and
+    the others go on from them, as an inpainted picture from its frame. In the same way all of it
+    goes on from `heard` (K, T), which is not yielded.
+
+    guidance: v = u + guidance (c - u), u being what is told with no text and no sketch; steps:
+    see `denoise`. The same codes, prompt and seed give the same codes, to the last bit.
+    """
+    device, windows = refiner.out.weight.device, 0
+    text = pooled(encoder, [prompt, ""])
+    # The codes of the frames in the window: the coarse so far, the fine of the finished ones.
+    heard = torch.empty(refiner.config.codebooks, 0, dtype=torch.long) if heard is None else heard
+    coarse, fine = heard[:1, -KNOWN:], heard[1:, -KNOWN:]
+
+    def paint(coarse, fine, generator):
+        """coarse (1, L), fine (K - 1, l < L) -> fine codes (K - 1, L)"""
+        given = torch.cat([coarse[:, : fine.shape[1]], fine])[None].to(device)
+        known, _ = refiner.signal(codec, given)
+        _, sketch = refiner.signal(codec, coarse[None].to(device))
+        halves = torch.tensor([True, False], device=device)[: 1 if guidance == 1 else 2]
+        for_all = lambda v: v.expand(len(halves), -1, -1)
+
+        def predict(x, t):
+            t = torch.full((len(halves),), t, device=device)
+            v = refiner(for_all(x), t, for_all(sketch), text[: len(halves)], halves)
+            return v[:1] if guidance == 1 else v[1:] + guidance * (v[:1] - v[1:])
+
+        noise = torch.randn(1, len(refiner.limit), coarse.shape[1], generator=generator).to(device)
+        x0 = denoise(predict, noise, refiner.schedule, steps, generator, known, refiner.limit)
+        return torch.cat([fine, refiner.snap(codec, x0)[0, :, fine.shape[1] :].cpu()], 1)
+
+    for piece in itertools.chain(pieces, [None]):  # None: that was all
+        coarse = coarse if piece is None else torch.cat([coarse, piece], 1)
+        while coarse.shape[1] > (fine.shape[1] if piece is None else WINDOW):
+            last = coarse.shape[1] <= WINDOW
+            end = coarse.shape[1] if last else WINDOW - AHEAD
+            generator = torch.Generator().manual_seed(seed + (windows << 32))
+            made, begun, windows = (
+                paint(coarse[:, :WINDOW], fine, generator),
+                fine.shape[1],
+                windows + 1,
+            )
+            yield torch.cat([coarse[:, begun:end], made[:, begun:end]])
+            coarse, fine = coarse[:, max(0, end - KNOWN) :], made[:, max(0, end - KNOWN) : end]
+
+
+def load_refiner(folder) -> Refiner:
+    """The refiner of a checkpoint folder, ready to refine. ValueError if it holds none."""
+    values = read_config(folder).get("model")
+    if not isinstance(values, dict) or set(values) - {f.name for f in fields(RefinerConfig)}:
+        raise ValueError(f"{folder} holds no refiner: make one with train.py --variant refiner")
+    refiner = Refiner(RefinerConfig(**values))
+    load_weights(refiner, Path(folder) / "model.safetensors", "lm.")
+    return refiner.eval()
