@@ -330,7 +330,11 @@ def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, g
     x, v = turn(x0, noise, a, b)
     text = pooled(encoder, captions)
     found = refiner(x, t, coarse, text, draw(B) >= sketch_dropout)
-    return ((found.float() - v).abs() * real).sum() / (real.sum() * x0.shape[1])
+    # The coarser a codebook, the farther apart its entries, and the more of the sound it decides:
+    # by this its errors count.
+    weight = 1 / refiner.scale[1:].flatten(0, 1)  # (C, 1)
+    error = (found.float() - v).abs() * (weight / weight.mean())
+    return (error * real).sum() / (real.sum() * x0.shape[1])
 
 
 # ------------------------------------------------------------------------------------------------

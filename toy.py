@@ -953,17 +953,22 @@ def ship(args):
     """Make a checkpoint the one that ships: in half precision, with its sampling options."""
     import torch
 
+    from diffusion import load_refiner
     from model import load_checkpoint, load_text_encoder, read_config, save_checkpoint
 
     config = read_config(args.checkpoint)
     kept = {k: config[k] for k in ("train", "step", "best", "codec")}
-    kept["sampling"] = dict(
-        guidance=args.guidance, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
-    )
-    parts = load_checkpoint(args.checkpoint), load_text_encoder(args.checkpoint)
-    save_checkpoint(ROOT / "toy" / "lm", *parts, kept, dtype=torch.float16)
-    size = sum(path.stat().st_size for path in (ROOT / "toy" / "lm").iterdir())
-    print(f"{ROOT / 'toy' / 'lm'}: {size / 1e6:.1f} MB")
+    if "backbone" in config["model"]:
+        load, folder, options = load_refiner, ROOT / "toy" / "refiner", ("steps", "guidance")
+    else:
+        load, folder = load_checkpoint, ROOT / "toy" / "lm"
+        options = ("guidance", "temperature", "top_k", "top_p")
+    given = {option: getattr(args, option) for option in options}
+    kept["sampling"] = {k: v for k, v in given.items() if v is not None}
+    parts = load(args.checkpoint), load_text_encoder(args.checkpoint)
+    save_checkpoint(folder, *parts, kept, dtype=torch.float16)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{folder}: {size / 1e6:.1f} MB")
 
 
 def main():
@@ -989,10 +994,10 @@ def main():
     c.set_defaults(run=build)
     c = commands.add_parser("ship", help=ship.__doc__)
     c.add_argument("checkpoint", help="folder of a checkpoint, such as out/simba/best")
-    c.add_argument("--guidance", type=float, default=3.0)
-    c.add_argument("--temperature", type=float, default=0.9)
-    c.add_argument("--top-k", type=int, default=250)
-    c.add_argument("--top-p", type=float, default=1.0)
+    for option in ("guidance", "temperature", "top-p"):
+        c.add_argument(f"--{option}", type=float, help="[as sample.py has it]")
+    c.add_argument("--top-k", type=int, help="[as sample.py has it]")
+    c.add_argument("--steps", type=int, help="of a refiner [as sample.py has it]")
     c.set_defaults(run=ship)
     args = parser.parse_args()
     args.run(args)

@@ -216,9 +216,8 @@ def parse_arguments(argv):
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="toy", choices=PRESETS, help="sizes and schedule [toy]")
     first.add_argument("--resume", metavar="RUN", help="go on with this run's folder")
-    first.add_argument(
-        "--variant", default="simba", choices=[*VARIANTS, "refiner"], help="what to train [simba]"
-    )
+    kinds = ", ".join([*VARIANTS, "refiner"])
+    first.add_argument("--variant", default="simba", help=f"what to train: {kinds} [simba]")
     known = first.parse_known_args(argv)[0]
     refining = known.variant == "refiner"
     kind, preset = (
