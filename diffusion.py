@@ -316,7 +316,7 @@ def pooled(encoder, captions):
 
 
 def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, generator=None):
-    """Mean |v - prediction| at random times (B,), for codes (B, K, L) and their captions; the
+    """Mean (v - prediction)^2 at random times (B,), for codes (B, K, L) and their captions; the
     captions that are to be dropped are empty already, the sketch is dropped here."""
     config, B = refiner.config, len(codes)
     real = (codes[:, :1] != config.codebook_size).to(torch.float32)  # (B, 1, L); the rest: padding
@@ -333,7 +333,7 @@ def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, g
     # The coarser a codebook, the farther apart its entries, and the more of the sound it decides:
     # by this its errors count.
     weight = 1 / refiner.scale[1:].flatten(0, 1)  # (C, 1)
-    error = (found.float() - v).abs() * (weight / weight.mean())
+    error = (found.float() - v).square() * (weight / weight.mean())
     return (error * real).sum() / (real.sum() * x0.shape[1])
 
 

@@ -1,0 +1,150 @@
+"""How good is the second stage by itself? It gets the true first codebook of held-out clips.
+
+    python refining.py                                   the refiner that ships
+    python refining.py out/refiner/best out/attention/best --steps 100 50 25 10
+
+The table stands between two bounds: the first codebook alone, and all nine true ones. A refiner
+cannot know the true codes, for one sketch fits many pieces of music. So besides the distance from
+the very clip (mel distance, and the share of codes that are the true ones), which punishes every
+other way to be right, stand two figures that do not:
+
+  FD    Frechet distance of the codec's log-band frames (160 bands, in dB) from those of the same
+        clips with nine true codebooks; and from those of the audio as it was rendered
+  flux  mean |change| of a band from frame to frame, over that of the nine true codebooks: below 1
+        the music is smeared, above 1 it flickers
+
+Needs FluidSynth, to render the held-out clips. Writes results/refiner.md, .csv and a picture.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from metrics import frechet_distance, interval
+from tqdm import trange
+
+import toy
+from codec import load_codec, mel_distance
+from data import Clips
+from diffusion import load_refiner, refine
+from evaluate import RESULTS, report
+from model import entry, load_text_encoder, read_config
+from sample import SHIPPED_REFINER
+
+
+def most_frequent(train, codes):
+    """The guess that knows code 1 alone: each fine code the one that went with it most often in
+    training. codes (B, 9, L) -> the same with guessed codebooks 2 ... 9."""
+    counts = np.zeros((8, 1024, 1024), np.int32)
+    for i in range(len(train)):
+        first, *fine = train.codes(i)
+        for table, code in zip(counts, fine):
+            np.add.at(table, (first, code), 1)
+    best = torch.from_numpy(counts.argmax(2))  # (8, 1024)
+    return torch.cat([codes[:, :1], best[:, codes[:, 0]].transpose(0, 1)], 1)
+
+
+def measure(name, codec, audio, true, codes, seconds=None):
+    """-> (name, {column: (value, interval)}) of codes (B, k, L) for clips with true ones (B, 9, L)
+    and audio (B, S)"""
+    cells = {}
+    with torch.inference_mode():
+        rendered, nine, mine = (
+            codec.features(audio).mT,
+            codec.from_codes(true),
+            codec.from_codes(codes),
+        )  # (B, D, L)
+        bar = trange(len(codes), desc=f"{name}, decoding", disable=None, leave=False)
+        mel = [
+            mel_distance(audio[i : i + 1], codec.decode(codec.from_codes(codes[i : i + 1])))
+            for i in bar
+        ]
+    frames = lambda z: z.mT.flatten(0, 1).numpy()
+    cells["mel distance, dB"] = np.mean(mel), interval(np.array(mel))
+    for column, reference in (("FD, nine codebooks", nine), ("FD, rendered", rendered)):
+        value = frechet_distance(frames(mine), frames(reference))
+        cells[column] = value, (value, value)
+    flux = lambda z: z.diff(dim=2).abs().mean((1, 2))  # (B,)
+    ratio = (flux(mine) / flux(nine)).numpy()
+    cells["flux"] = (flux(mine).mean() / flux(nine).mean()).item(), interval(ratio)
+    if codes.shape[1] > 1:
+        right = (codes[:, 1:] == true[:, 1:]).float().mean(2).numpy()  # (B, 8)
+        for k in (0, 1):
+            cells[f"code {k + 2} right"] = right[:, k].mean(), interval(right[:, k])
+        cells["codes 2-9 right"] = right.mean(), interval(right.mean(1))
+    if seconds is not None:
+        cells["seconds a clip"] = seconds, (seconds, seconds)
+    return name, cells
+
+
+def picture(path, columns):
+    """Four clips below one another, each column (name, z (B, D, L)) a way to make them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(4, len(columns), figsize=(5 * len(columns), 11), sharex=True)
+    top = columns[-1][1].amax((1, 2))
+    for row, line in enumerate(axes):
+        for axis, (name, z) in zip(line, columns):
+            clip = z[row, :, :430].numpy()
+            axis.imshow(
+                clip, origin="lower", aspect="auto", cmap="magma", extent=(0, 4.99, 0, len(clip)),
+                vmin=top[row] - 70, vmax=top[row],
+            )  # fmt: skip
+            axis.set(title=name if row == 0 else "", xlabel="seconds" if row == 3 else "")
+        line[0].set_ylabel("band")
+    figure.tight_layout()
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("refiners", nargs="*", help="checkpoints [the one that ships]")
+    parser.add_argument("--steps", type=int, nargs="+", help="[as the checkpoint has it]")
+    parser.add_argument("--count", type=int, default=32, help="held-out clips [32]")
+    args = parser.parse_args()
+    codec = load_codec("toy")
+    valid, train = (Clips(toy.corpus(), split, 9, codec.name) for split in ("valid", "train"))
+    count = min(args.count, len(valid))
+    true = torch.from_numpy(np.stack([valid.codes(i) for i in range(count)]))
+    audio = torch.from_numpy(np.stack(toy.play_clips([toy.VALID * i for i in range(count)])))
+    if (codec.encode(audio[:1])[0] != true[0]).float().mean() > 0.05:
+        raise ValueError(
+            "the rendered clips are not those of the corpus: another FluidSynth, font?"
+        )
+    captions = [
+        toy.caption(valid.rows[i]["factors"], np.random.default_rng([17, i])) for i in range(count)
+    ]
+
+    rows = [measure("codebook 1 alone", codec, audio, true, true[:, :1])]
+    rows.append(measure("most frequent", codec, audio, true, most_frequent(train, true)))
+    shown = [("codebook 1", codec.from_codes(true[:, :1]))]
+    folders = [Path(folder) for folder in args.refiners] or [SHIPPED_REFINER]
+    for folder in folders:
+        refiner, encoder = load_refiner(folder), load_text_encoder(folder)
+        options = dict(steps=25) | read_config(folder).get("sampling", {})
+        for steps in args.steps or [options["steps"]]:
+            options["steps"] = steps
+            name, started, made = f"{folder}, {steps} steps", time.time(), []
+            for i in trange(count, desc=name, disable=None, leave=False):
+                pieces = refine(refiner, encoder, codec, captions[i], [true[i, :1]], i, **options)
+                made.append(torch.cat([*pieces], 1))
+            seconds = (time.time() - started) / count
+            rows.append(measure(name, codec, audio, true, torch.stack(made), seconds))
+            if folder == folders[0] and len(shown) == 1:
+                shown.append((name, codec.from_codes(torch.stack(made))))
+    rows.append(measure("nine true codebooks", codec, audio, true, true))
+    about = f"{count} held-out clips of 10 s; {torch.get_num_threads()} threads."
+    report("refiner", "The second stage, from true first codebooks", rows, about)
+    picture(RESULTS / "refiner.png", [*shown, ("nine codebooks", codec.from_codes(true))])
+
+
+if __name__ == "__main__":
+    entry(main)
