@@ -55,6 +55,8 @@ def main(argv=None):
         refiner_config = read_config(second)
         refiner, its_encoder = load_refiner(second).to(device), load_text_encoder(second).to(device)
         refining = refiner_config.get("sampling", {}) | given(args, "steps")
+        if refining.get("steps", 1) > (T := refiner.config.timesteps):
+            raise ValueError(f"--steps must be at most {T}, which this refiner was trained with")
     say = lambda text: print(text, file=sys.stderr if args.stream else sys.stdout)
     shape = f"{lm.config.blocks} blocks, {lm.config.codebooks} codebook(s)"
     say(f"{folder}: {lm.config.variant}, {shape}" + (f"; refined by {second}" if second else ""))

@@ -29,6 +29,16 @@ def test_words_in_music_out(tmp_path):
     assert "toy/lm" in done.stdout  # it says which checkpoint it plays
 
 
+def test_the_second_stage_is_used_and_can_be_left_out(tmp_path):
+    both = play("waltz", "--seconds", 1, "--out", "both.wav", cwd=tmp_path)
+    first = play("waltz", "--seconds", 1, "--no-refiner", "--out", "first.wav", cwd=tmp_path)
+    assert "refined by" in both.stdout and "refined by" not in first.stdout
+    play("waltz", "--seconds", 1, "--steps", 2, "--out", "fast.wav", cwd=tmp_path)
+    audio = [soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("both", "first", "fast")]
+    assert len(audio[0]) == len(audio[1]) == len(audio[2])
+    assert (audio[0] != audio[1]).any() and (audio[0] != audio[2]).any()
+
+
 def test_same_seed_same_bytes_alone_and_in_a_batch_of_four(tmp_path):
     (tmp_path / "prompts.txt").write_text("sad blues\n\nslow piano waltz\ntechno\njazz\n")
     options = ["--seconds", 4, "--seed", 7, "--out", "."]
@@ -84,6 +94,9 @@ def test_streaming_gives_the_audio_of_the_file(tmp_path):
         (["jazz", "--continue", "text.wav"], "not readable audio"),
         (["jazz", "--continue", "none.wav"], "no such file"),
         (["--file", "none.txt"], "could not be read"),
+        (["jazz", "--steps", "101"], "--steps must be at most 100"),
+        (["jazz", "--refiner", "nowhere"], "no checkpoint at nowhere"),
+        (["jazz", "--refiner", str(sample.SHIPPED)], "holds no refiner"),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, options, sentence, monkeypatch, capsys):
@@ -103,9 +116,9 @@ def test_a_prompt_longer_than_the_encoder_takes_is_cut_with_a_word(tmp_path):
 
 
 def test_memory_does_not_grow_with_length(tmp_path):
-    """Peak memory of a child process, for a minute against eight seconds."""
+    """Peak memory of a child process, for a minute against eleven seconds, which fill a window."""
     peaks = []
-    for seconds in (8, 60):
+    for seconds in (11, 60):
         command = [sys.executable, str(ROOT / "sample.py"), "jazz", "--out", "x.wav"]
         script = (
             "import resource, subprocess, sys;"
