@@ -27,10 +27,9 @@ REPHRASER = "meta-llama/Meta-Llama-3-8B-Instruct"
 # ------------------------------------------------------------------------------------- words ----
 
 VOCALS = re.compile(
-    r"\b(vocal\w*|vox|voices?|voiced|sing|sings|singing|singers?|sung|songstress|lyric\w*|choirs?"
+    r"\b(vocal\w*|voices?|voiced|sing|sings|singing|singers?|sung|songstress|lyric\w*|choirs?"
     r"|choral|chant\w*|rap|raps|rapping|rappers?|rapped|a ?cappella|acapella|humming|hums|hummed"
-    r"|yodel\w*|scatting|croon\w*|falsetto|soprano|contralto|baritone|beatbox\w*|spoken|narrat\w*"
-    r"|whisper\w*|shout\w*|scream\w*|growl\w*|speech|talking)\b",
+    r"|yodel\w*|scatting|croon\w*|falsetto|beatbox\w*|spoken|narrat\w*|whisper\w*|shout\w*|speech)\b",
     re.I,
 )
 
@@ -67,8 +66,7 @@ def sentence_from_tags(tags, vocals=False):
     genres, instruments, moods = kinds.values()
     if not genres + instruments + moods:
         return ""
-    words = [*[", ".join(moods)], " and ".join(genres), "track"]
-    sentence = " ".join(word for word in words if word)
+    sentence = " ".join(filter(None, [", ".join(moods), " and ".join(genres), "track"]))
     if instruments:
         *first, last = instruments
         sentence += " with " + (f"{', '.join(first)} and {last}" if first else last)
@@ -184,7 +182,8 @@ class LPMusicCaps(nn.Module):
         try:
             missing, unknown = self.load_state_dict(weights, strict=False)
         except RuntimeError as error:
-            raise ValueError(f"{file} is of another shape: {' '.join(str(error).split())[:200]}")
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{file} is of another shape: {reason}") from None
         missing = [k for k in missing if "embed_tokens" not in k and "lm_head" not in k]
         if missing or unknown:
             raise ValueError(f"{file} is no captioner: it lacks or adds {(missing + unknown)[:3]}")
@@ -213,8 +212,8 @@ class LPMusicCaps(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def log_mel(self, audio):
-        """(n, S) -> (n, 128, frames) dB. Only the real part of the spectrum is squared: an oversight
-        of the published front end, with which its weights were trained."""
+        """(n, S) -> (n, 128, frames) dB. Only the real part of the spectrum is squared: an
+        oversight of the published front end, with which its weights were trained."""
         window = torch.hann_window(1024, device=audio.device)
         spectrum = torch.stft(audio, 1024, 160, window=window, return_complex=True)
         return 10 * (self.filters @ spectrum.real.square()).clamp(min=1e-10).log10()
@@ -263,7 +262,7 @@ class Rephraser:
 
     @torch.inference_mode()
     def __call__(self, captions):
-        """Captions of the parts -> one of the whole; the captions joined, if the model is silent."""
+        """Captions of the parts -> one of the whole. If the model says nothing: the captions joined."""
         question = PROMPT.format(captions="\n".join(f"- {caption}" for caption in captions))
         inputs = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True,
@@ -315,8 +314,8 @@ class Separator:
             self.model = get_model("htdemucs").eval()
         except Exception as error:  # see `download`
             raise ValueError(
-                f"HTDemucs' weights could not be downloaded ({type(error).__name__}): demucs "
-                "fetches them once from dl.fbaipublicfiles.com; or leave vocals in with --keep-vocals"
+                f"HTDemucs' weights could not be downloaded ({type(error).__name__}) from "
+                "dl.fbaipublicfiles.com, once; or leave vocals in with --keep-vocals"
             ) from None
         self.apply = apply_model
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
