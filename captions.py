@@ -262,7 +262,7 @@ class Rephraser:
 
     @torch.inference_mode()
     def __call__(self, captions):
-        """Captions of the parts -> one of the whole. If the model says nothing: the captions joined."""
+        """Captions of the parts -> one of the whole; if it says nothing, all of them."""
         question = PROMPT.format(captions="\n".join(f"- {caption}" for caption in captions))
         inputs = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True,
