@@ -635,7 +635,7 @@ def check_space(out, tracks, codec, options):
     seconds = 0
     for about in (track.about for track in tracks if not track.reason):
         slow = about["path"].lower().endswith((".wav", ".aiff", ".aif", ".flac", ".au", ".w64"))
-        length = about.get("seconds") or about["bytes"] / (100_000 if slow else 16_000)
+        length = about.get("seconds") or about["bytes"] / (88_000 if slow else 16_000)
         seconds += min(length, options.seconds) if options.one_clip else length
     need = 2 * seconds * codec.codebooks * 2 * codec.sample_rate / codec.hop  # parts, then shards
     place = next(p for p in (out, *out.resolve().parents) if p.exists())

@@ -38,6 +38,7 @@ from model import (
 )
 
 FRAME_RATE = 44100 / 512
+ROOT = Path(__file__).parent
 
 
 @dataclass
@@ -46,6 +47,7 @@ class TrainConfig:
 
     data: str = "toy"  # data folder made by data.py, or toy: the world that ships here
     out: str = ""  # the run's folder; empty: out/VARIANT
+    init_from: str = ""  # fine-tune: a checkpoint's folder, or toy, the model that ships here
     text_encoder: str = "google/flan-t5-base"  # a published T5, or toy: the small one ships here
     train_text_encoder: float = 0.0  # the text encoder's own learning rate; 0: it is frozen
     steps: int = 100_000  # optimiser steps
@@ -86,9 +88,13 @@ def main(argv=None):
 
     # Data and model. A clip of the toy world has no caption but the factors to draw one from.
     folder, describe = open_data(config.data)
-    train, valid = (Clips(folder, split, model_config.codebooks) for split in ("train", "valid"))
-    if resuming:
-        lm, encoder = load_checkpoint(run / "last"), load_text_encoder(run / "last")
+    start = run / "last" if resuming else initial(config)  # or none
+    codec = read_config(start).get("codec") if start else None
+    train, valid = (
+        Clips(folder, split, model_config.codebooks, codec) for split in ("train", "valid")
+    )
+    if start:
+        lm, encoder = load_checkpoint(start), load_text_encoder(start)
     else:
         encoder = new_encoder(config.text_encoder)
         model_config.d_text = encoder.d_text
@@ -192,11 +198,32 @@ def parse_arguments(argv):
         saved = read_config(Path(args.resume) / "last")
         return LMConfig(**saved["model"]), TrainConfig(**saved["train"]), Path(args.resume)
     model, config = pick(LMConfig), pick(TrainConfig)
+    if config.init_from:
+        model = shape_of(initial(config), model, argv)
     name = model.variant + ("" if model.codebooks == 1 else f"-{model.codebooks}")
     run = Path(config.out or f"out/{name}")
     if (run / "last").exists():
         raise ValueError(f"{run} holds a run: go on with --resume {run}, or choose another --out")
     return model, config, run
+
+
+def initial(config):
+    """The checkpoint that a run starts from, if any."""
+    return ROOT / "toy" / "lm" if config.init_from == "toy" else config.init_from
+
+
+def shape_of(folder, asked, argv):
+    """The model's shape is the checkpoint's. ValueError if the command line asks for another."""
+    saved = load_checkpoint(folder).config
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    for field in fields(LMConfig):
+        option = "--" + field.name.replace("_", "-")
+        have, want = getattr(saved, field.name), getattr(asked, field.name)
+        if option in words and have != want:
+            raise ValueError(
+                f"{folder} has {option} {have}, not {want}: leave out {option}, or --init-from"
+            )
+    return saved
 
 
 def open_data(name):
