@@ -305,8 +305,8 @@ def jamendo_tracks(metadata, audio, song_describer, options):
         if not path.exists() and path.with_suffix(".low.mp3").exists():
             path = path.with_suffix(".low.mp3")
         known = licences.get(row["path"], {})
-        about = describe_file(path, f"track_{number:07}", options, source="MTG-Jamendo", **row)
-        about |= dict(path=str(path)) | known
+        about = describe_file(path, f"track_{number:07}", options, source="MTG-Jamendo")
+        about |= {k: v for k, v in row.items() if k != "path"} | known
         if row["artist"] in valid_artists or row["artist"] in train_artists:
             about["split"] = "valid" if row["artist"] in valid_artists else "train"
         names = (row["path"], f"track_{number:07}", str(number), f"{number}.mp3")

@@ -192,6 +192,7 @@ def torture(tmp_path_factory):
         ("zero.wav", b"", "is not readable audio"),
         ("noise.ogg", noise, "is not readable audio"),
         ("corrupt.flac", b"fLaC" + noise, "is not readable audio"),
+        ("cut.flac", (music / "deep/two words.flac").read_bytes()[:20000], "is not readable audio"),
         ("cut.wav", (music / "plain.wav").read_bytes()[:30], "is not readable audio"),
         ("no rate.wav", _with_rate(music / "plain.wav", 0), "is not readable audio"),
         ("mad rate.wav", _with_rate(music / "plain.wav", 2**31 - 1), "sampling rate is said to be"),
@@ -302,9 +303,9 @@ def test_memory_does_not_grow_with_a_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def songs(tmp_path_factory):
-    """Twelve songs, two of them bad; -> their folder, the command, an undisturbed result."""
+    """Eight songs, two of them bad; -> their folder, the command, an undisturbed result."""
     music, out = tmp_path_factory.mktemp("songs"), tmp_path_factory.mktemp("whole") / "data"
-    for i in range(12):
+    for i in range(8):
         write_song(music / f"{i}.wav", tone(1.2 + 0.4 * i, pitch=200 + 30 * i), caption=f"tune {i}")
     (music / "3.wav").write_text("no music")
     write_song(music / "7.wav", 0 * tone(3))
@@ -348,10 +349,10 @@ def test_killed_wherever_a_file_appears_and_begun_again_the_result_is_the_same(
         except Killed:
             assert not (out / "manifest.jsonl").exists(), "the manifest comes last"
         monkeypatch.setattr(os, "replace", replace)
-        if point % 3 == 0:
+        if point % 4 == 0:
             data.main([*command, str(out)])
             assert contents(out) == whole
-    assert point > 18 and contents(out) == whole
+    assert point > 12 and contents(out) == whole
 
 
 def test_kill_9_at_random_moments_with_two_workers(songs, tmp_path):
@@ -444,20 +445,20 @@ def test_one_clip_a_track_is_drawn_by_seed(songs, tmp_path):
         data.main([*command, str(out), "--one-clip", "--seed", str(seed)])
         drawn.append({row["path"]: row["start"] for row in lines(out / "manifest.jsonl")})
         rows = lines(out / "manifest.jsonl")
-        assert len(rows) == len({row["path"] for row in rows}) == 10
+        assert len(rows) == len({row["path"] for row in rows}) == 6
     assert drawn[0] == drawn[1] != drawn[2]
     every = [json.loads(line) for line in whole["manifest.jsonl"].splitlines()]
     assert drawn[0].items() <= {(row["path"], row["start"]) for row in every}
 
 
 def test_silent_clips_go_and_are_named(tmp_path):
-    quiet = np.r_[tone(2), np.zeros(3 * 44100), tone(2), 1e-4 * tone(2)]
+    quiet = np.r_[tone(2), 0 * tone(2.8), tone(3.2), 1e-3 * tone(2)]
     write_song(tmp_path / "music/a.wav", quiet)
     command = ["folder", str(tmp_path / "music"), "--seconds", "2", "--out"]
     data.main([*command, str(tmp_path / "d")])
     kept = [round(row["start"]) for row in lines(tmp_path / "d/manifest.jsonl")]
     skipped = [(round(s["start"]), s["reason"]) for s in lines(tmp_path / "d/skipped.jsonl")]
-    assert kept == [0, 4, 6] and skipped == [(2, data.SILENT), (8, data.SILENT)][: len(skipped)]
+    assert kept == [0, 4, 6] and skipped == [(2, data.SILENT), (8, data.SILENT)]
     data.main([*command, str(tmp_path / "all"), "--keep-silence"])
     assert len(lines(tmp_path / "all/manifest.jsonl")) == len(kept) + len(skipped)
 
