@@ -550,7 +550,8 @@ def _ffmpeg(path, reason):
     if not shutil.which("ffmpeg"):
         raise ValueError(f"{reason} (ffmpeg, which reads more formats, is not installed)")
     command = ["ffmpeg", "-v", "quiet", "-nostdin", "-i", f"file:{path}", "-map", "0:a:0"]
-    command += ["-f", "f32le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-"]
+    # The mean of the channels, as elsewhere: left to itself it would keep their power.
+    command += ["-ac", "1", "-rematrix_maxval", "1.0", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:
             while piece := process.stdout.read(4 << 18):
