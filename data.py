@@ -41,6 +41,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import threading
 import time
 import zlib
@@ -587,11 +588,15 @@ def build(tracks, out, source, options, workers=1):
         if (out / "manifest.jsonl").exists():  # finished once; but music has been added or changed
             take_apart(out, parts, tracks)
         (parts / "ready").write_text(state)
-    while not (parts / "ready").exists() or (parts / "ready").read_text() != state:
+    ready = parts / "ready"
+    while not is_finished(out, state) and not (ready.exists() and ready.read_text() == state):
         time.sleep(0.5)
 
     todo = [(t, parts / key) for t, key in zip(tracks[rank::ranks], keys[rank::ranks])]
     todo = [(track, part) for track, part in todo if not part.exists()]
+    if is_finished(out, state):  # all parts were there, and rank 0 was quicker
+        shutil.rmtree(parts, ignore_errors=True)
+        return
     todo.sort(key=lambda pair: -pair[0].about["bytes"])  # the longest first: none is left for last
     clock, begun = Counter(), time.perf_counter()
     with tqdm(total=len(todo), unit="track", disable=None) as bar:
@@ -703,6 +708,7 @@ def work(todo, options, workers):
 
 
 def _worker(todo, options, pipe):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; and with it, this ends
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     try:
