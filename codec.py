@@ -26,6 +26,8 @@ one before, whose audio it is made to continue, so memory does not grow and no s
 import json
 import math
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,53 @@ def mel_distance(reference, audio):
     a, b = (mel_spectrogram(x[..., :length], relative=False) for x in (reference, audio))
     floor = a.amax((1, 2), keepdim=True) - 80
     return float((a.maximum(floor) - b.maximum(floor)).abs().mean())
+
+
+class Picture:
+    """A mel-spectrogram of audio that passes by: at most 1,500 columns, whatever its length."""
+
+    def __init__(self, samples):
+        self.pool = max(1, samples // 512 // 1500)  # frames a column
+        # One table made beforehand: small pieces kept between large ones that come and go would
+        # leave holes that nothing fits, and memory would grow with the length after all.
+        self.mel = torch.zeros(128, 2 + samples // 512 // self.pool, dtype=torch.half)
+        self.columns, self.rest = 0, torch.zeros(0)
+
+    def watch(self, chunks):
+        for chunk in chunks:
+            self._add(torch.cat([self.rest, chunk]))
+            yield chunk
+
+    def _add(self, audio):
+        step = 512 * self.pool
+        whole = len(audio) // step * step
+        if whole >= 2048:
+            mel = mel_spectrogram(audio[None, :whole], relative=False)[0]  # (mels, frames)
+            frames = mel.shape[1] // self.pool * self.pool
+            columns = mel[:, :frames].unflatten(1, (-1, self.pool)).mean(2)
+            self.mel[:, self.columns : self.columns + columns.shape[1]] = columns
+            self.columns += columns.shape[1]
+            audio = audio[whole:]
+        self.rest = audio
+
+    def save(self, path, title, sample_rate):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        mel = self.mel[:, : max(1, self.columns)].float().numpy()
+        seconds = mel.shape[1] * self.pool * 512 / sample_rate
+        figure, axis = plt.subplots(figsize=(10, 3.5))
+        image = axis.imshow(
+            mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(mel)),
+            vmin=mel.max() - 80,
+        )  # fmt: skip
+        axis.set(title=title, xlabel="seconds", ylabel="mel band")
+        figure.colorbar(image, label="dB")
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
 
 
 # ---------------------------------------------------------------------------- the toy codec ----
@@ -455,25 +504,93 @@ def load_codec(name="toy", folder=None):
 
 
 def read_audio(path):
-    """Any file that libsndfile reads -> (1, S) float32, mono, 44.1 kHz."""
+    """Any file that libsndfile or ffmpeg reads -> (1, S) float32, mono, 44.1 kHz. ValueError, one
+    sentence that begins with the path, if it is none, or holds nothing."""
+    return torch.from_numpy(np.concatenate(list(audio_blocks(path))))[None]
+
+
+def audio_blocks(path):
+    """The same audio in pieces (s,) of a few seconds, so that a file of hours takes no more memory
+    than one of seconds. Whole files and pieces give the same samples."""
     import soundfile
-    from scipy.signal import resample_poly
 
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        audio, rate = soundfile.read(str(path), dtype="float32", always_2d=True)  # (S, channels)
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        file = soundfile.SoundFile(os.fsencode(path))  # a name need not be text
+        blocks = resampled((b.mean(1) for b in _read(file)), file.samplerate)
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is not readable audio: {error}") from None
-    audio = audio.mean(1)
-    if not len(audio):
+        reason = getattr(error, "error_string", str(error))
+        blocks = _ffmpeg(path, f"{path} is not readable audio: {reason}")
+    samples = 0
+    try:
+        for block in blocks:
+            if not np.isfinite(block).all():
+                raise ValueError(f"{path} holds samples that are not numbers")
+            samples += len(block)
+            yield block
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"{path} is not readable audio: {error.error_string}") from None
+    if not samples:
         raise ValueError(f"{path} holds no samples")
-    if not np.isfinite(audio).all():
-        raise ValueError(f"{path} holds samples that are not numbers")
-    if rate != SAMPLE_RATE:
-        common = math.gcd(rate, SAMPLE_RATE)
-        audio = resample_poly(audio, SAMPLE_RATE // common, rate // common)
-    return torch.from_numpy(np.ascontiguousarray(audio, dtype=np.float32))[None]
+
+
+def _read(file):  # -> blocks (s, channels)
+    with file:
+        yield from file.blocks(1 << 18, dtype="float32", always_2d=True)
+
+
+def _ffmpeg(path, reason):
+    """What libsndfile cannot read, ffmpeg perhaps can (m4a, wma, ...) -> blocks (s,)."""
+    if not shutil.which("ffmpeg"):
+        raise ValueError(f"{reason} (ffmpeg, which reads more formats, is not installed)")
+    command = ["ffmpeg", "-v", "quiet", "-nostdin", "-i", f"file:{path}", "-map", "0:a:0"]
+    # The mean of the channels, as elsewhere: left to itself it would keep their power.
+    command += ["-ac", "1", "-rematrix_maxval", "1.0", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            while piece := process.stdout.read(4 << 18):
+                yield np.frombuffer(piece, "<f4")
+        finally:
+            process.kill()  # does nothing to one that has ended
+    if process.returncode:
+        raise ValueError(reason)
+
+
+def resampled(blocks, rate):
+    """Blocks (s,) at `rate` Hz -> blocks at 44.1 kHz, as scipy's resample_poly of the whole: each
+    is filtered together with as much of its neighbours as the filter reaches."""
+    from scipy.signal import firwin, resample_poly
+
+    if not 1000 <= rate <= 1_000_000:
+        raise RuntimeError(f"its sampling rate is said to be {rate} Hz")
+    common = math.gcd(rate, SAMPLE_RATE)
+    up, down = SAMPLE_RATE // common, rate // common
+    if up == down:
+        return blocks
+    reach = 10 * max(up, down)  # taps to each side, at up * rate
+    taps = firwin(2 * reach + 1, 1 / max(up, down), window=("kaiser", 5.0)).astype(np.float32)
+    context = -(-(reach // up + 1) // down) * down  # samples to each side; whole periods
+
+    def stream():
+        held = np.zeros(context, np.float32)  # the last `context` samples done, and what follows
+        for block in blocks:
+            held = np.concatenate([held, block])
+            ready = (len(held) - 2 * context) // down * down
+            if ready > 0:
+                piece = resample_poly(held[: ready + 2 * context], up, down, window=taps)
+                yield piece[context * up // down : (context + ready) * up // down]
+                held = held[ready:]
+        rest = -(-(len(held) - context) * up // down)
+        piece = resample_poly(np.pad(held, (0, context)), up, down, window=taps)
+        yield piece[context * up // down :][:rest]
+
+    return stream()
 
 
 def write_audio(path, audio):

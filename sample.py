@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import ssd_kernel
-from codec import decode_stream, load_codec, mel_spectrogram, read_audio
+from codec import Picture, decode_stream, load_codec, read_audio
 from diffusion import load_refiner, refine
 from model import entry, generate, load_checkpoint, load_text_encoder, read_config
 
@@ -242,53 +242,6 @@ def play(chunks, sample_rate, to_stdout):
     if player:
         player.stdin.close()
         player.wait()
-
-
-class Picture:
-    """A mel-spectrogram of audio that passes by: at most 1,500 columns, whatever its length."""
-
-    def __init__(self, samples):
-        self.pool = max(1, samples // 512 // 1500)  # frames a column
-        # One table made beforehand: small pieces kept between large ones that come and go would
-        # leave holes that nothing fits, and memory would grow with the length after all.
-        self.mel = torch.zeros(128, 2 + samples // 512 // self.pool, dtype=torch.half)
-        self.columns, self.rest = 0, torch.zeros(0)
-
-    def watch(self, chunks):
-        for chunk in chunks:
-            self._add(torch.cat([self.rest, chunk]))
-            yield chunk
-
-    def _add(self, audio):
-        step = 512 * self.pool
-        whole = len(audio) // step * step
-        if whole >= 2048:
-            mel = mel_spectrogram(audio[None, :whole], relative=False)[0]  # (mels, frames)
-            frames = mel.shape[1] // self.pool * self.pool
-            columns = mel[:, :frames].unflatten(1, (-1, self.pool)).mean(2)
-            self.mel[:, self.columns : self.columns + columns.shape[1]] = columns
-            self.columns += columns.shape[1]
-            audio = audio[whole:]
-        self.rest = audio
-
-    def save(self, path, title, sample_rate):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        mel = self.mel[:, : max(1, self.columns)].float().numpy()
-        seconds = mel.shape[1] * self.pool * 512 / sample_rate
-        figure, axis = plt.subplots(figsize=(10, 3.5))
-        image = axis.imshow(
-            mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(mel)),
-            vmin=mel.max() - 80,
-        )  # fmt: skip
-        axis.set(title=title, xlabel="seconds", ylabel="mel band")
-        figure.colorbar(image, label="dB")
-        figure.tight_layout()
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,44 @@ def test_nine_codebooks_train_and_play(tmp_path, data):
     assert load_checkpoint(tmp_path / "r/best").config.codebooks == 9
 
 
+def test_fine_tuning_starts_from_the_weights_and_the_shape_of_a_checkpoint(
+    tmp_path, data, monkeypatch
+):
+    import sample
+
+    monkeypatch.setattr(sample, "main", lambda argv: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's handlers stay
+    train.main(
+        f"--data {data} --init-from toy --out {tmp_path / 'r'} --seconds 0.4 --crop 0.4 "
+        "--valid-clips 2 --steps 1 --lr 1e-30".split()
+    )
+    shipped, tuned = (ROOT / "toy/lm", tmp_path / "r/best")
+    assert read_config(tuned)["model"] == read_config(shipped)["model"]
+    before, after = (load_checkpoint(f).state_dict() for f in (shipped, tuned))
+    assert all(torch.allclose(before[k], after[k], atol=1e-6) for k in before)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--init-from", "toy", "--blocks", "6"], "toy/lm has --blocks 4, not 6"),
+        (["--init-from", "toy", "--variant", "mamba"], "--variant simba, not mamba"),
+        (["--init-from", "nowhere"], "no checkpoint at nowhere"),
+    ],
+)
+def test_another_shape_than_the_checkpoints_is_one_sentence(tmp_path, data, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train.main([*options, "--data", str(data), "--out", str(tmp_path / "r")])
+    assert not (tmp_path / "r").exists()
+
+
+def test_fine_tuning_needs_data_of_the_checkpoints_codec(tmp_path, data):
+    meta = json.loads((data / "meta.json").read_text()) | {"codec": "dac"}
+    (data / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="made by the codec 'dac', the model reads 'toy'"):
+        train.main(["--init-from", "toy", "--data", str(data), "--out", str(tmp_path / "r")])
+
+
 def test_a_batch_is_learned_by_heart():
     from test_model import CAPTIONS, tiny
 

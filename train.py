@@ -44,6 +44,7 @@ from model import (
 )
 
 FRAME_RATE = 44100 / 512
+ROOT = Path(__file__).parent
 
 
 @dataclass
@@ -52,6 +53,7 @@ class TrainConfig:
 
     data: str = "toy"  # data folder made by data.py, or toy: the world that ships here
     out: str = ""  # the run's folder; empty: out/VARIANT
+    init_from: str = ""  # fine-tune: a checkpoint's folder, or toy, the model that ships here
     text_encoder: str = "google/flan-t5-base"  # a published T5, or toy: the small one ships here
     train_text_encoder: float = 0.0  # the text encoder's own learning rate; 0: it is frozen
     steps: int = 100_000  # optimiser steps
@@ -106,11 +108,15 @@ def main(argv=None):
 
     # Data and model. A clip of the toy world has no caption but the factors to draw one from.
     folder, describe = open_data(config.data)
-    train, valid = (Clips(folder, split, model_config.codebooks) for split in ("train", "valid"))
+    start = run / "last" if resuming else initial(config, refining)  # or none
+    made_by = read_config(start).get("codec") if start else None
+    train, valid = (
+        Clips(folder, split, model_config.codebooks, made_by) for split in ("train", "valid")
+    )
     codec = load_codec(train.meta["codec"]).to(device) if refining else None
-    if resuming:
+    if start:
         load = load_refiner if refining else load_checkpoint
-        lm, encoder = load(run / "last"), load_text_encoder(run / "last")
+        lm, encoder = load(start), load_text_encoder(start)
     else:
         encoder = new_encoder(config.text_encoder)
         model_config.d_text = encoder.d_text
@@ -240,11 +246,34 @@ def parse_arguments(argv):
         kind = RefinerConfig if "backbone" in saved["model"] else LMConfig
         return kind(**saved["model"]), TrainConfig(**saved["train"]), Path(args.resume)
     model, config = pick(kind), pick(TrainConfig)
+    if config.init_from:
+        model = shape_of(initial(config, refining), model, argv)
     name = model.variant + ("" if refining or model.codebooks == 1 else f"-{model.codebooks}")
     run = Path(config.out or f"out/{name}")
     if (run / "last").exists():
         raise ValueError(f"{run} holds a run: go on with --resume {run}, or choose another --out")
     return model, config, run
+
+
+def initial(config, refining):
+    """The checkpoint that a run starts from, if any."""
+    shipped = ROOT / "toy" / ("refiner" if refining else "lm")
+    return shipped if config.init_from == "toy" else config.init_from
+
+
+def shape_of(folder, asked, argv):
+    """The model's shape is the checkpoint's. ValueError if the command line asks for another."""
+    load = load_refiner if isinstance(asked, RefinerConfig) else load_checkpoint
+    saved = load(folder).config
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    for field in fields(saved):
+        option = "--" + field.name.replace("_", "-")
+        have, want = getattr(saved, field.name), getattr(asked, field.name)
+        if option in words and have != want:
+            raise ValueError(
+                f"{folder} has {option} {have}, not {want}: leave out {option}, or --init-from"
+            )
+    return saved
 
 
 def open_data(name):
