@@ -134,7 +134,8 @@ class PaperRuler:
 
     names = dict(fd="FD_openl3", kl="KL", clap="CLAP")
 
-    def __init__(self, clap=CLAP_NAME):
+    def __init__(self, clap=CLAP_NAME, kl_average="clips"):
+        self.kl_average = kl_average
         try:
             self.openl3, self.passt, self.clap = OpenL3(), PaSST(), CLAP_(clap)
         except (ImportError, OSError, RuntimeError) as error:
@@ -144,7 +145,7 @@ class PaperRuler:
             ) from None
         self.settings = (
             f"OpenL3 mel256 music 512, 1 s every 0.5 s, mono, peak at -1 dB; PaSST ap476, 10 s"
-            f" every 5 s; CLAP {clap}, 10 s windows"
+            f" every 5 s, KL over {kl_average}; CLAP {clap}, 10 s windows"
         )
 
     def listen(self, clips):
@@ -157,5 +158,7 @@ class PaperRuler:
         return self.clap.read(captions)
 
     def tags(self, heard):
-        """One distribution (N, 527) a clip: the windows' logits averaged, then softmax."""
-        return torch.stack([logits.mean(0).softmax(0) for logits in heard.logits])
+        """One distribution a clip (N, 527), the windows' logits averaged, then softmax; or one a
+        window (N, n, 527), whose divergences are averaged, as the paper says it does."""
+        logits = torch.stack(heard.logits)  # (N, n, 527)
+        return (logits if self.kl_average == "segments" else logits.mean(1)).softmax(-1)

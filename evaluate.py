@@ -27,6 +27,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -38,150 +39,24 @@ from tqdm import tqdm
 
 import figures
 import toy
-from codec import load_codec, read_audio, write_audio
+from codec import load_codec, mel_spectrogram, read_audio, write_audio
 from data import Clips
-from judge import FACTORS, Heard, load_judge, right
+from judge import heard_in_real_clips, load_judge, right
+from metrics import (
+    clap_scores,
+    diversity,
+    frechet_distance,
+    frechet_interval,
+    interval,
+    kl_divergences,
+    longest_copies,
+)
 from model import entry, generate, load_checkpoint, load_text_encoder, read_config
 from sample import SHIPPED
 
 CACHE = Path("out/eval")
 RESULTS = Path("results")
 LENGTHS = ("words", "sentence", "paragraph")
-
-# -------------------------------------------------------------------------------- the formulas ----
-
-
-def frechet_distance(x, y):
-    """The Fréchet distance between two clouds of embeddings, x (n, D) and y (m, D).
-
-    Each cloud is summed up by its mean and its covariance, as if it were a Gaussian; the distance
-    is the least mean squared displacement that turns one Gaussian into the other,
-
-        |mu_x - mu_y|^2 + Tr(S_x + S_y - 2 (S_x S_y)^(1/2)).
-
-    It is 0 where both agree, has the unit of the embedding squared (no root is taken), and sees
-    sets, not clips: audio of one clip repeated scores badly however good the clip is, and a system
-    that ignores its prompts can score well. x and y hold the *frames* of all files together, not a
-    mean for each file; covariances divide by n - 1. With few frames it is too large (a cloud of n
-    points seems flatter than it is), so only figures over equally many clips compare; and nothing
-    compares between embeddings, windows, or mono and duplicated stereo, where stacking the same
-    vector twice doubles it exactly.
-    """
-    if len(x) < 2 or len(y) < 2:
-        raise ValueError(f"a Fréchet distance needs two frames on each side, not {len(x)}, {len(y)}")
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    return _frechet(x.mean(0), np.atleast_2d(np.cov(x.T)), y.mean(0), np.atleast_2d(np.cov(y.T)))
-
-
-def _frechet(mean_x, cov_x, mean_y, cov_y):
-    # The eigenvalues of S_x S_y are those of the symmetric S_x^(1/2) S_y S_x^(1/2): all real, and
-    # none below zero but by rounding.
-    values, vectors = np.linalg.eigh(cov_x)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    trace = np.sqrt(np.linalg.eigvalsh(root @ cov_y @ root).clip(0)).sum()
-    return float(((mean_x - mean_y) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * trace)
-
-
-def kl_divergences(p, q, eps=1e-6):
-    """Kullback-Leibler divergences, in nats, of tag distributions p (N, C) from q (N, C): (N,).
-
-    p is what a tagger hears in generated clips, q what it hears in the real clips that the prompts
-    describe: sum p log(p / (q + eps)). It is large where the generated clip has a tag that the real
-    one has not; eps bounds that at log 1e6. The other direction (which MusicGen's authors print)
-    punishes what is *missing*, and its figures cannot be compared with these.
-    """
-    p, q = np.asarray(p, np.float64), np.asarray(q, np.float64)
-    if p.shape != q.shape:
-        raise ValueError(f"tag distributions come in pairs, not {p.shape} and {q.shape}")
-    return np.where(p > 0, p * (np.log(np.where(p > 0, p, 1)) - np.log(q + eps)), 0).sum(1)
-
-
-def kl_divergence(p, q, eps=1e-6):
-    """The mean over clips of KL(generated || reference); see kl_divergences."""
-    return float(kl_divergences(p, q, eps).mean())
-
-
-def clap_scores(audio, text):
-    """Cosines (N,) between embeddings of clips (N, D) and of their own captions (N, D).
-
-    A dual encoder was trained to tell each clip's caption from the others' in its batch: 1 would be
-    a perfect match, 0 no relation. Real clips stay far below 1 and are the figure to compare with.
-    The checkpoint, the sample rate and the windows belong to the number: published ones differ by a
-    factor of two on those alone.
-    """
-    audio, text = (np.asarray(x, np.float64) for x in (audio, text))
-    norms = np.linalg.norm(audio, axis=1) * np.linalg.norm(text, axis=1)
-    return (audio * text).sum(1) / np.maximum(norms, 1e-12)
-
-
-def diversity(groups):
-    """Mean distance (1 - cosine) between the samples of one prompt. groups: one array (n, D) of
-    embeddings a prompt -> (prompts,). A model that plays one good piece for each prompt has 0."""
-    found = []
-    for x in groups:
-        x = np.asarray(x, np.float64)
-        x = x / np.linalg.norm(x, axis=1, keepdims=True)
-        found.append(1 - (x @ x.T)[np.triu_indices(len(x), 1)].mean())
-    return np.array(found)
-
-
-def longest_copies(clips, training):
-    """How many tokens in a row each clip has in common with some place in the training set.
-
-    clips, training: lists of 1-D arrays of first-codebook tokens -> (len(clips),) ints. A suffix
-    array: all suffixes of all clips are sorted by doubling (ranks of 1, 2, 4 ... tokens), so that
-    the best match of a suffix is the nearest training suffix before or after it.
-    """
-    clips, training = ([np.asarray(c, np.int64) for c in side] for side in (clips, training))
-    ends = np.cumsum([len(c) + 1 for c in clips + training])
-    text = np.empty(ends[-1], np.int64)
-    for i, (clip, end) in enumerate(zip(clips + training, ends)):
-        text[end - 1 - len(clip) : end - 1], text[end - 1] = clip, -1 - i  # ends match nothing
-    ranks, longest = [np.unique(text, return_inverse=True)[1].astype(np.int32)], 1
-    while longest < max(map(len, clips)):
-        last = ranks[-1].astype(np.int64)
-        later = np.pad(last[longest:], (0, longest), constant_values=-1)
-        ranks.append(np.unique(last * (len(text) + 1) + later, return_inverse=True)[1])
-        ranks[-1] = ranks[-1].astype(np.int32)
-        longest *= 2
-    order = np.argsort(ranks[-1], kind="stable")
-    mine = ends[len(clips) - 1]  # here the training set begins
-    place = np.arange(len(text))
-    before = np.maximum.accumulate(np.where(order >= mine, place, -1))
-    after = np.minimum.accumulate(np.where(order >= mine, place, len(text))[::-1])[::-1]
-    best = np.zeros(mine, np.int64)
-    for neighbour in (before, after):
-        there = (order < mine) & (neighbour >= 0) & (neighbour < len(text))
-        suffix = order[there]
-        a, b = suffix, order[neighbour[there]]
-        for k in reversed(range(len(ranks))):  # do the next 2^k tokens agree?
-            same = (ranks[k][a] == ranks[k][b]).astype(np.int64) << k
-            a, b = a + same, b + same
-        np.maximum.at(best, suffix, a - suffix)
-    return np.maximum.reduceat(best, np.r_[0, ends[: len(clips) - 1]])
-
-
-def interval(values, statistic=np.mean, draws=500, seed=0):
-    """A bootstrap 95% interval of a statistic of `values` (N, ...): clips are drawn with
-    replacement, as many as there are, and the middle 95% of the results is what is printed."""
-    values, rng = np.asarray(values), np.random.default_rng(seed)
-    found = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(draws)]
-    return tuple(np.percentile(found, [2.5, 97.5]))
-
-
-def frechet_interval(files, reference, draws=100, seed=0):
-    """The bootstrap interval of the Fréchet distance of pooled frames: files, a list of (W, D), are
-    drawn with replacement; reference (M, D) stays as it is."""
-    rng = np.random.default_rng(seed)
-    reference = np.asarray(reference, np.float64)
-    ours = reference.mean(0), np.cov(reference.T)
-    files = [np.asarray(f, np.float64) for f in files]
-    found = []
-    for _ in range(draws):
-        x = np.concatenate([files[i] for i in rng.integers(len(files), size=len(files))])
-        found.append(_frechet(x.mean(0), np.cov(x.T), *ours))
-    return tuple(np.percentile(found, [2.5, 97.5]))
-
 
 # -------------------------------------------------------------------------------- the systems ----
 
@@ -203,7 +78,9 @@ def music(system, prompts, seconds, progress="") -> tuple[list, list]:
     missing = [i for i, file in enumerate(files) if not file.exists()]
     groups = [missing[i : i + 16] for i in range(0, len(missing), 16)]
     for group in tqdm(groups, f"playing {progress or system}", disable=None, leave=False):
-        for i, (audio, codes) in zip(group, play(system, [prompts[i] for i in group], seconds, group)):
+        for i, (audio, codes) in zip(
+            group, play(system, [prompts[i] for i in group], seconds, group)
+        ):
             if codes is not None:
                 np.save(files[i].with_suffix(".npy"), codes[0].astype(np.uint16))
             write_audio(files[i], audio)  # last: a clip is there when its audio is
@@ -219,7 +96,7 @@ def compose(checkpoint, prompts, seconds, seeds):
     codec = load_codec(config["codec"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm.to(device), encoder.to(device)
-    frames = round(seconds * codec.sample_rate / codec.hop)
+    frames = math.ceil(seconds * codec.sample_rate / codec.hop)
     blocks = generate(lm, encoder, prompts, frames, seeds, **config.get("sampling", {}))
     for codes in torch.cat(list(blocks), 2):
         yield codec.decode(codec.from_codes(codes[None]))[0].numpy(), codes.numpy()
@@ -304,7 +181,7 @@ def toy_task(judge, count, codec):
     rendered was written down when it was trained, because audio does not ship: the prompts' own
     clips are the row "real clips", the rest is the reference."""
     valid = Clips(toy.corpus(), "valid", codec.codebooks, codec.name)
-    every, heard = Clips(toy.corpus(), "valid", 1, codec.name), judge.heard_in_real_clips()
+    every, heard = Clips(toy.corpus(), "valid", 1, codec.name), heard_in_real_clips()
     count = min(count, len(valid))
     factors = [row["factors"] for row in every.rows]
     prompts = {}
@@ -393,7 +270,7 @@ def hear(ruler, files, title=""):
 def quality(ruler, task, heard, captions) -> dict:
     """{column: (value, (low, high))} of the metrics that need no factors."""
     tags, references = ruler.tags(heard), task.reference
-    kl = kl_divergences(tags, task.tags[: len(tags)])
+    kl = kl_divergences(tags, task.tags).reshape(len(tags), -1).mean(1)  # over segments, if any
     clap = clap_scores(heard.embedding, ruler.read(captions))
     fd = frechet_distance(torch.cat(list(heard.frames)), references)
     return {
@@ -513,6 +390,136 @@ def write(path, text):
     os.replace(part, path)
 
 
+# ------------------------------------------------------------------ the paper's tables, figures ----
+
+
+def named(system):
+    """A system as the paper calls it, and its parameters in millions."""
+    if not (Path(system) / "config.json").exists():
+        return ("MusicGen-small" if system == "musicgen-small" else str(system)), None
+    lm = load_checkpoint(system)
+    name = figures.NAMES[lm.config.variant]
+    name += f", {lm.config.codebooks} codebooks" if lm.config.codebooks > 1 else ""
+    return name, sum(p.numel() for p in lm.parameters()) / 1e6
+
+
+def paper_table(number, args, published, seconds=(10.0,), label=None):
+    """Tables I, II and IV: the quality table of the systems, under the paper's names, with the
+    paper's own figures beside."""
+    if not args.systems:
+        raise ValueError(f"{args.command} needs checkpoints: python evaluate.py {args.command} ...")
+    label = label or (lambda system: named(system)[0])
+    for length in seconds:
+        args.seconds = length
+        ruler, task = open_task(args)
+        task.seconds = length
+        task.prompts = dict([next(iter(task.prompts.items()))])
+        rows, _ = measure(args.systems, ruler, task)
+        for i, system in enumerate(args.systems, len(task.real)):
+            name, parameters = named(system)
+            size = f", {parameters:.3g} M" if parameters else ""
+            rows[i] = (f"{label(system)} ({system}{size})", rows[i][1])
+        theirs = {}
+        for row, _ in rows:
+            known = [n for n in published(length) if row == n or row.startswith(f"{n} (")]
+            theirs |= {row: figures.published(published(length)[n]) for n in known}
+        settings = (
+            f"{task.about}; {ruler.settings}; {length:g} s. The paper's columns are FD_openl3, KL and"
+            " CLAP on MusicCaps, of models of paper size: another ruler than the toy judge's."
+        )
+        report(f"{args.command}-{task.name}-{length:g}s", f"Table {number}, {length:g} s", rows, settings, theirs)  # fmt: skip
+
+
+def table1(args):
+    """Four LMs at an early checkpoint, and real clips through one codebook."""
+    paper = {
+        n.replace("real, 1 codebook", "codec, 1 codebook"): f for n, f in figures.TABLE1.items()
+    }
+    paper_table("I", args, lambda seconds: paper)
+
+
+def table2(args):
+    """Two stages against one, 10 s and 25 s."""
+    paper_table(
+        "II", args, lambda s: {n: f[s > 10] for n, f in figures.TABLE2.items()}, (10.0, 25.0)
+    )
+
+
+def table4(args):
+    """24, 12 and 6 blocks, 25 s."""
+    blocks = lambda system: f"{read_config(system)['model'].get('blocks', 24)} blocks"
+    theirs = {f"{n} blocks": f for n, f in figures.TABLE4.items()}
+    paper_table("IV", args, lambda seconds: theirs, (25.0,), blocks)
+
+
+def figure2(args):
+    """The metrics against the training step, for each variant among the checkpoints."""
+    if not args.systems:
+        raise ValueError("figure2 needs checkpoints of one or more runs, at several steps")
+    ruler, task = open_task(args)
+    task.prompts = dict([next(iter(task.prompts.items()))])
+    rows, _ = measure(args.systems, ruler, task)
+    points = {}
+    for system, (_, cells) in zip(args.systems, rows[len(task.real) :]):
+        points.setdefault(named(system)[0], []).append((read_config(system)["step"], cells))
+    series = {}
+    for name, found in points.items():
+        found.sort(key=lambda p: p[0])
+        columns = {c: [cells[c] for _, cells in found] for c in ruler.names.values()}
+        series[name] = ([step for step, _ in found], columns)
+    levels = {name: {c: cells[c][0] for c in ruler.names.values()} for name, cells in rows[len(task.real) - 1 : len(task.real)]}  # fmt: skip
+    draw_metrics(RESULTS / f"figure2-{task.name}", series, ruler, "training step", levels)
+
+
+def kappa(args):
+    """The forerunner's Figure 1: what 1 ... 9 codebooks of the codec keep of real clips."""
+    ruler, task = open_task(args)
+    codec = load_codec("toy") if task.factors else None
+    captions = next(iter(task.prompts.values()))
+    if codec is None:
+        raise ValueError("kappa reads the toy world's clips: leave out --musiccaps")
+    valid = Clips(toy.corpus(), "valid", codec.codebooks, codec.name)
+    codes = np.stack([valid.codes(i, 0, 862) for i in range(len(captions))])
+    found = []
+    for k in range(1, codec.codebooks + 1):
+        heard = hear(ruler, through_codec(codes[:, :k], codec, k), f"{k} codebook(s)")
+        found.append(quality(ruler, task, heard, captions) | following(task, heard))
+    names = [f"{k} codebooks" for k in range(1, codec.codebooks + 1)]
+    report("kappa", "The codec with 1 to 9 codebooks", [*zip(names, found)], task.about)
+    columns = {c: [cells[c] for cells in found] for c in ruler.names.values()}
+    real = quality(ruler, task, task.real[0][1], captions)
+    series = {"codec": ([*range(1, codec.codebooks + 1)], columns)}
+    levels = {"real clips": {c: real[c][0] for c in ruler.names.values()}}
+    draw_metrics(RESULTS / "kappa", series, ruler, "codebooks (κ)", levels)
+
+
+def figure3(args):
+    """Mel spectrograms of what each system plays to the paper's jazz-reggae prompt."""
+    if not args.systems:
+        raise ValueError("figure3 needs one or more systems, such as checkpoints")
+    clips = {}
+    for system in args.systems:
+        (file,), _ = music(system, [figures.JAZZ_REGGAE], 10.0)
+        step = read_config(system).get("step") if (Path(system) / "config.json").exists() else None
+        name = named(system)[0] + (f", step {step:,}" if step else "")
+        clips[f"{name} ({Path(system).name})"] = mel_spectrogram(read_audio(file), relative=False)[
+            0
+        ]
+    figures.spectrograms(RESULTS / "figure3", clips, "“This is the recording of a jazz reggae concert ...”")  # fmt: skip
+    print(f"{RESULTS / 'figure3'}.png and .svg")
+
+
+def draw_metrics(path, series, ruler, xlabel, levels):
+    better = dict(zip(ruler.names.values(), ("down", "down", "up")))
+    figures.curves(path, series, better, xlabel, levels)
+    print(f"{path}.png and .svg")
+
+
+COMMANDS = dict(
+    table1=table1, table2=table2, table4=table4, figure2=figure2, figure3=figure3, kappa=kappa
+)
+
+
 # ------------------------------------------------------------------------------ command line ----
 
 
@@ -522,7 +529,7 @@ def parse_arguments(argv=None):
     )
     add = parser.add_argument
     add("systems", nargs="*", help="checkpoints, folders of 000.wav ..., musicgen-small; before "
-        "them, perhaps one of " + ", ".join(figures.COMMANDS))  # fmt: skip
+        "them, perhaps one of " + ", ".join(COMMANDS))  # fmt: skip
     add("--count", type=int, help="prompts [64; with --musiccaps 200, or 50 beyond 10 seconds]")
     add("--musiccaps", metavar="CSV", help="the paper's protocol, with its networks")
     add("--clips", metavar="FOLDER", help="... and the clips of that table")
@@ -530,7 +537,7 @@ def parse_arguments(argv=None):
     add("--clap", default="", help="another of laion-clap's checkpoints")
     add("--kl-average", default="clips", choices=("clips", "segments"), help="of KL in long clips")
     args = parser.parse_args(argv)
-    args.command = args.systems.pop(0) if args.systems[:1] and args.systems[0] in figures.COMMANDS else None  # fmt: skip
+    args.command = args.systems.pop(0) if args.systems[:1] and args.systems[0] in COMMANDS else None  # fmt: skip
     if bool(args.musiccaps) != bool(args.clips):
         raise ValueError("--musiccaps CSV and --clips FOLDER belong together")
     if args.count is not None and args.count < 2:
@@ -549,7 +556,7 @@ def open_task(args):
         return judge, toy_task(judge, args.count or 64, codec)
     import embedders
 
-    ruler = embedders.PaperRuler(args.clap or embedders.CLAP_NAME)
+    ruler = embedders.PaperRuler(args.clap or embedders.CLAP_NAME, args.kl_average)
     count = args.count or (200 if args.seconds <= 10 else 50)
     return ruler, paper_task(ruler, args.musiccaps, args.clips, args.seconds, count, codec)
 
@@ -558,7 +565,7 @@ def main():
     args = parse_arguments()
     torch.manual_seed(0)
     if args.command:
-        return figures.COMMANDS[args.command](args)
+        return COMMANDS[args.command](args)
     args.systems = args.systems or [str(SHIPPED.relative_to(toy.ROOT))]
     ruler, task = open_task(args)
     rows, factor_rows = measure(args.systems, ruler, task)
