@@ -2,7 +2,7 @@
 
     python evaluate.py                              the model that ships, beside real clips
     python evaluate.py out/simba/best mine/         checkpoints, and folders of 000.wav, 001.wav ...
-    python evaluate.py musicgen-small out/simba/best --metrics paper --musiccaps musiccaps.csv --clips clips/
+    python evaluate.py musicgen-small out/simba/best --musiccaps musiccaps-public.csv --clips clips/
 
 Every table has the same columns, whatever listens: the toy world's judge (`judge.py`: FD_toy,
 KL_toy, CLAP_toy and whether each factor is what was asked) or the paper's networks (`embedders.py`:
@@ -26,6 +26,7 @@ N clips · W frames of an embedding · D its size · C tags
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -40,7 +41,7 @@ from tqdm import tqdm
 import figures
 import toy
 from codec import load_codec, mel_spectrogram, read_audio, write_audio
-from data import Clips
+from data import AUDIO, Clips
 from judge import heard_in_real_clips, load_judge, right
 from metrics import (
     clap_scores,
@@ -62,8 +63,8 @@ LENGTHS = ("words", "sentence", "paragraph")
 
 
 def music(system, prompts, seconds, progress="") -> tuple[list, list]:
-    """Plays the prompts (captions; the seed is the number) -> audio files, and the first codebook
-    of each clip (T,) where the system writes codes, else None. Made once, then found in out/eval."""
+    """Plays the prompts (captions; the number is the seed) -> audio files, and the first codebook
+    of each clip (T,) where the system writes codes. What was made once is found in out/eval."""
     if Path(system).is_dir() and not (Path(system) / "config.json").exists():
         return answers_in(Path(system), len(prompts)), None
     if system == "musicgen-small":
@@ -120,8 +121,12 @@ def musicgen(name, prompts, seconds, seeds):
         torch.manual_seed(seed)
         inputs = processor(text=[prompt], padding=True, return_tensors="pt").to(device)
         audio = model.to(device).generate(
-            **inputs, do_sample=True, guidance_scale=3.0, top_k=250, max_new_tokens=round(50 * seconds)
-        )  # fmt: skip
+            **inputs,
+            do_sample=True,
+            guidance_scale=3.0,
+            top_k=250,
+            max_new_tokens=round(50 * seconds),
+        )
         yield resample_poly(audio[0, 0].float().cpu().numpy(), 441, 320), None
 
 
@@ -134,7 +139,7 @@ def fingerprint(checkpoint):
 
 def answers_in(folder, count):
     """Files of a folder named by the prompt's number: 000.wav, 001.wav, ..."""
-    numbered = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"(\d+)\.(wav|flac|ogg|mp3)", p.name))}  # fmt: skip
+    numbered = {int(p.stem): p for p in folder.iterdir() if p.stem.isdigit() and p.suffix in AUDIO}
     missing = [i for i in range(count) if i not in numbered]
     if missing:
         raise ValueError(
@@ -223,7 +228,7 @@ def musiccaps(table, folder, seconds, count, seed=0):
             rows = [(r["ytid"], r["caption"].strip()) for r in csv.DictReader(lines)]
     except (KeyError, UnicodeDecodeError):
         raise ValueError(f"{table} is not MusicCaps: it needs columns ytid and caption") from None
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".wav", ".flac", ".ogg", ".mp3"))  # fmt: skip
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix in AUDIO)
     found = []
     for ytid, caption in rows:
         file = next((p for p in files if ytid in p.stem), None)
@@ -296,14 +301,14 @@ def following(task, heard, captions=None) -> dict:
 def mentioned(captions, factors):
     """Which captions name each factor: {factor: (N,) of bool}"""
     texts = [c.lower() for c in captions]
-    named = lambda words: np.array([any(w in t for w in ws) for t, ws in zip(texts, words)])
+    uses = lambda words: np.array([any(w in t for w in ws) for t, ws in zip(texts, words)])
     said = lambda pattern: np.array([bool(re.search(pattern, t)) for t in texts])
     return {
-        "genre": named([[*toy.GENRES[f["genre"]].words, f["genre"]] for f in factors]),
-        "lead": named([toy.LEADS[f["lead"]][3] for f in factors]),
+        "genre": uses([[*toy.GENRES[f["genre"]].words, f["genre"]] for f in factors]),
+        "lead": uses([toy.LEADS[f["lead"]][3] for f in factors]),
         "tempo": said(r"\d+ (bpm|beats)"),
         "key": said(r"\b[a-g](#|b| sharp| flat)? (major|minor)\b"),
-        "mood": named([toy.MOODS[f["mood"]].words for f in factors]),
+        "mood": uses([toy.MOODS[f["mood"]].words for f in factors]),
     }
 
 
@@ -343,9 +348,8 @@ def copied(rows, tokens):
     the toy world holds as well. Held notes repeat a token, so real clips share long runs, too."""
     train = Clips(toy.corpus(), "train", 1)
     known = {name: codes for name, codes in tokens.items() if codes is not None}
-    runs = longest_copies(
-        [c for codes in known.values() for c in codes], [train.codes(i)[0] for i in range(len(train))]
-    )  # fmt: skip
+    mine = [clip for codes in known.values() for clip in codes]
+    runs = longest_copies(mine, [train.codes(i)[0] for i in range(len(train))])
     cells = dict(rows)
     for name, codes in known.items():
         mine, runs = runs[: len(codes)], runs[len(codes) :]
@@ -367,11 +371,13 @@ def report(name, title, rows, settings, paper=None):
     print("\n" + text)
     RESULTS.mkdir(exist_ok=True)
     write(RESULTS / f"{name}.md", text)
-    flat = [["row", *(f"{c}{part}" for c in columns for part in ("", " low", " high"))]]
+    text = io.StringIO()
+    sheet = csv.writer(text, lineterminator="\n")
+    sheet.writerow(["", *(f"{c}{part}" for c in columns for part in ("", " low", " high"))])
     for row, cells in rows:
-        values = (cells.get(c, ("", ("", ""))) for c in columns)
-        flat.append([row, *(x for v in values for x in (v[0], *v[1]))])
-    write(RESULTS / f"{name}.csv", "\n".join(",".join(f'"{x}"' if isinstance(x, str) else f"{x:.6g}" for x in r) for r in flat) + "\n")  # fmt: skip
+        found = (cells.get(c, ("", ("", ""))) for c in columns)
+        sheet.writerow([row, *(x for value, bounds, *_ in found for x in (value, *bounds))])
+    write(RESULTS / f"{name}.csv", text.getvalue())
 
 
 def cell_text(cell):
@@ -390,7 +396,7 @@ def write(path, text):
     os.replace(part, path)
 
 
-# ------------------------------------------------------------------ the paper's tables, figures ----
+# ----------------------------------------------------------------- the paper's tables, figures ----
 
 
 def named(system):
@@ -419,23 +425,21 @@ def paper_table(number, args, published, seconds=(10.0,), label=None):
             name, parameters = named(system)
             size = f", {parameters:.3g} M" if parameters else ""
             rows[i] = (f"{label(system)} ({system}{size})", rows[i][1])
-        theirs = {}
+        theirs, known = {}, published(length)
         for row, _ in rows:
-            known = [n for n in published(length) if row == n or row.startswith(f"{n} (")]
-            theirs |= {row: figures.published(published(length)[n]) for n in known}
+            if (name := row.split(" (")[0]) in known:
+                theirs[row] = figures.published(known[name])
         settings = (
-            f"{task.about}; {ruler.settings}; {length:g} s. The paper's columns are FD_openl3, KL and"
-            " CLAP on MusicCaps, of models of paper size: another ruler than the toy judge's."
+            f"{task.about}; {ruler.settings}; {length:g} s. The paper's columns are FD_openl3, KL"
+            " and CLAP on MusicCaps, of models of paper size: not the toy judge's ruler."
         )
-        report(f"{args.command}-{task.name}-{length:g}s", f"Table {number}, {length:g} s", rows, settings, theirs)  # fmt: skip
+        name, title = f"{args.command}-{task.name}-{length:g}s", f"Table {number}, {length:g} s"
+        report(name, title, rows, settings, theirs)
 
 
 def table1(args):
     """Four LMs at an early checkpoint, and real clips through one codebook."""
-    paper = {
-        n.replace("real, 1 codebook", "codec, 1 codebook"): f for n, f in figures.TABLE1.items()
-    }
-    paper_table("I", args, lambda seconds: paper)
+    paper_table("I", args, lambda seconds: figures.TABLE1)
 
 
 def table2(args):
@@ -467,7 +471,8 @@ def figure2(args):
         found.sort(key=lambda p: p[0])
         columns = {c: [cells[c] for _, cells in found] for c in ruler.names.values()}
         series[name] = ([step for step, _ in found], columns)
-    levels = {name: {c: cells[c][0] for c in ruler.names.values()} for name, cells in rows[len(task.real) - 1 : len(task.real)]}  # fmt: skip
+    name, cells = rows[len(task.real) - 1]  # what one codebook of real clips has
+    levels = {name: {c: cells[c][0] for c in ruler.names.values()}}
     draw_metrics(RESULTS / f"figure2-{task.name}", series, ruler, "training step", levels)
 
 
@@ -500,12 +505,13 @@ def figure3(args):
     clips = {}
     for system in args.systems:
         (file,), _ = music(system, [figures.JAZZ_REGGAE], 10.0)
-        step = read_config(system).get("step") if (Path(system) / "config.json").exists() else None
-        name = named(system)[0] + (f", step {step:,}" if step else "")
-        clips[f"{name} ({Path(system).name})"] = mel_spectrogram(read_audio(file), relative=False)[
-            0
-        ]
-    figures.spectrograms(RESULTS / "figure3", clips, "“This is the recording of a jazz reggae concert ...”")  # fmt: skip
+        name, folder = named(system)[0], Path(system)
+        if (folder / "config.json").exists():
+            name += f", step {read_config(folder)['step']:,}"
+        mel = mel_spectrogram(read_audio(file), relative=False)[0]
+        clips[f"{name} ({folder.name})"] = mel
+    title = figures.JAZZ_REGGAE.split(".")[0] + " ..."
+    figures.spectrograms(RESULTS / "figure3", clips, title)
     print(f"{RESULTS / 'figure3'}.png and .svg")
 
 
@@ -537,7 +543,9 @@ def parse_arguments(argv=None):
     add("--clap", default="", help="another of laion-clap's checkpoints")
     add("--kl-average", default="clips", choices=("clips", "segments"), help="of KL in long clips")
     args = parser.parse_args(argv)
-    args.command = args.systems.pop(0) if args.systems[:1] and args.systems[0] in COMMANDS else None  # fmt: skip
+    args.command = None
+    if args.systems and args.systems[0] in COMMANDS:
+        args.command = args.systems.pop(0)
     if bool(args.musiccaps) != bool(args.clips):
         raise ValueError("--musiccaps CSV and --clips FOLDER belong together")
     if args.count is not None and args.count < 2:

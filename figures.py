@@ -19,7 +19,7 @@ NAMES = {
 
 # SSMTTM, Table I: 10 s clips at step 20k, the first codebook alone: FD_openl3, KL, CLAP.
 TABLE1 = {
-    "real, 1 codebook": (59.3433, 1.4950, 0.1950),
+    "codec, 1 codebook": (59.3433, 1.4950, 0.1950),
     "Prefix Mamba": (107.0340, 1.8837, 0.1450),
     "Prefix SiMBA": (102.7248, 1.5106, 0.1776),
     "Cross SiMBA": (118.4306, 1.3012, 0.1240),
@@ -41,11 +41,11 @@ TABLE4 = {
 }
 # Footnote 1, the prompt of Figure 3.
 JAZZ_REGGAE = (
-    "This is the recording of a jazz reggae concert. There is a saxophone lead playing a solo. There"
-    " is a keyboard and an electric guitar playing the main tune with the backing of a bass guitar."
-    " In the rhythmic background, there is an acoustic reggae drum beat. The atmosphere is groovy"
-    " and chill. This piece could be playing in the background at a beach. It could also be included"
-    " in the soundtrack of a summer/vacation/tropical themed movie."
+    "This is the recording of a jazz reggae concert. There is a saxophone lead playing a solo."
+    " There is a keyboard and an electric guitar playing the main tune with the backing of a bass"
+    " guitar. In the rhythmic background, there is an acoustic reggae drum beat. The atmosphere is"
+    " groovy and chill. This piece could be playing in the background at a beach. It could also be"
+    " included in the soundtrack of a summer/vacation/tropical themed movie."
 )
 
 

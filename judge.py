@@ -339,7 +339,7 @@ def blurred(sound):
 # ------------------------------------------------------------------------------- made and kept ----
 
 
-def build(clips=4352, workers=os.cpu_count()):
+def build(clips, workers):
     """Plays the lessons, trains, and writes toy/judge.safetensors; then listens to the corpus's
     held-out clips and writes what it heard to toy/heard.safetensors."""
     parts = [range(i, min(i + 64, clips)) for i in range(0, clips, 64)]

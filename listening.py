@@ -29,7 +29,7 @@ from codec import SAMPLE_RATE, read_audio
 from model import entry
 
 SCALES = {  # the paper's definitions
-    "Consistency": "Does the music hang together, locally and as a whole: melody, rhythm, structure?",
+    "Consistency": "Does the music hang together, in detail and as a whole: melody, rhythm, form?",
     "Alignment": "Is what the text describes (instruments, tempo, mood, style) what you hear?",
     "Overall": "How musical, natural and pleasant to listen to is it?",
 }
@@ -91,7 +91,7 @@ def as_ogg(path):
 
 
 def tally(folder, key=None):
-    """Answers (JSON files in `folder`) and the page's key -> {system: {scale: marks}}, listeners."""
+    """Answers (JSON files in `folder`), the page's key -> {system: {scale: marks}}, listeners."""
     files = sorted(Path(folder).glob("*.json"))
     keys = [Path(key)] if key else [f for f in files if f.name.endswith(".key.json")]
     answers = [f for f in files if not f.name.endswith(".key.json")]

@@ -28,9 +28,7 @@ def frechet_distance(x, y):
     vector twice doubles it exactly.
     """
     if len(x) < 2 or len(y) < 2:
-        raise ValueError(
-            f"a Fréchet distance needs two frames on each side, not {len(x)}, {len(y)}"
-        )
+        raise ValueError(f"a Fréchet distance needs two frames a side, not {len(x)} and {len(y)}")
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     return _frechet(x.mean(0), np.atleast_2d(np.cov(x.T)), y.mean(0), np.atleast_2d(np.cov(y.T)))
 
