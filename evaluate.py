@@ -49,6 +49,7 @@ from metrics import (
     frechet_distance,
     frechet_interval,
     interval,
+    kl_divergence,  # noqa: F401  (part of this file's interface)
     kl_divergences,
     longest_copies,
 )

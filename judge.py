@@ -145,7 +145,7 @@ class Ear(nn.Module):
             conv(32, 64, (3, 3), (2, 2)), conv(64, 128, (3, 3), (2, 2)),
         )  # fmt: skip
         self.tones = nn.Sequential(  # a semitone is two bins before the first stride, one after it
-            conv(1, 16, (5, 3), (2, 1)), conv(16, 32, (3, 3), (1, 2)), conv(32, 64, (3, 3), (1, 2))
+            conv(1, 16, (5, 3), (2, 2)), conv(16, 32, (3, 3), (1, 2)), conv(32, 64, (3, 3))
         )
         self.circle = nn.Sequential(AroundTheCircle(128, 48), AroundTheCircle(48, 48))
         self.weigh = nn.Conv1d(48, 1, 1)  # how much each moment says about the key
@@ -264,12 +264,12 @@ def same_tempo(asked, heard, tolerance=0.04):
 
 def right(logits, factors) -> dict:
     """Whether each head names its factor, the tempo to within 4%: {factor: (N,) of bool}"""
-    said = {k: [FACTORS[k][i] for i in v.argmax(1)] for k, v in logits.items()}
-    pairs = {k: zip((f[k] for f in factors), said[k]) for k in FACTORS if k != "rhythm"}
-    return {
-        k: np.array([same_tempo(a, b) if k == "tempo" else a == b for a, b in pair])
-        for k, pair in pairs.items()
-    }
+    verdicts = {}
+    for factor in ("genre", "lead", "tempo", "key", "mood"):
+        said = [FACTORS[factor][i] for i in logits[factor].argmax(1)]
+        same = same_tempo if factor == "tempo" else lambda asked, heard: asked == heard
+        verdicts[factor] = np.array([same(f[factor], one) for f, one in zip(factors, said)])
+    return verdicts
 
 
 # ------------------------------------------------------------------------------------ training ----
@@ -291,14 +291,16 @@ def answers(factors) -> dict:
     return {k: torch.tensor([v.index(f[k]) for f in truth]) for k, v in FACTORS.items()}
 
 
-def train(sounds, factors, steps=1500, batch=32, lr=3e-3, seed=0):
+def train(sounds, factors, steps=800, batch=32, lr=3e-3, seed=0):
     """Contrast and factors: of `batch` clips and captions each must find its own among all, both
     ways, and every head must name its factor."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     judge = Judge().train()
-    judge.reader.load_state_dict(toy.text_encoder().state_dict())  # it knows the words already
-    optimizer = torch.optim.AdamW(judge.parameters(), lr, weight_decay=0.02)
+    judge.reader.load_state_dict(toy.text_encoder().state_dict())
+    judge.reader.requires_grad_(False)  # it knows the words already
+    learned = [p for p in judge.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.15)
     rounds = steps * batch // len(factors) + 1
     order = np.concatenate([rng.permutation(len(factors)) for _ in range(rounds)])
@@ -318,7 +320,7 @@ def train(sounds, factors, steps=1500, batch=32, lr=3e-3, seed=0):
             loss = loss + F.cross_entropy(logits[k].float(), truth)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
+        nn.utils.clip_grad_norm_(learned, 5.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)

@@ -220,7 +220,7 @@ def test_tempo_is_right_within_four_percent():
     assert not judge.same_tempo(100, 105) and not judge.same_tempo(100, 200)
 
 
-# --------------------------------------------------------------------------- the paper's rulers ----
+# -------------------------------------------------------------------------- the paper's rulers ----
 
 
 def test_audio_is_resampled_and_peak_normalised_before_openl3():
@@ -374,7 +374,7 @@ def test_a_broken_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     played = []
 
     def compose(checkpoint, prompts, seconds, seeds):
-        for prompt, seed in zip(prompts, seeds):
+        for seed in seeds:
             if len(played) == 18:
                 raise KeyboardInterrupt
             played.append(seed)

@@ -147,7 +147,7 @@ def test_a_session_by_keyboard_alone(browser, page, tmp_path):
     assert {url.split(":")[0] for url in asked} <= {"file", "data", "blob"}
     marks, listeners = listening.tally(tmp_path / "answers", page.with_suffix(".key.json"))
     assert listeners == 1 and set(marks) == set(SYSTEMS)
-    for s, scale in enumerate(listening.SCALES):
+    for scale in listening.SCALES:
         found = sorted(m for system in marks.values() for m in system[scale])
         assert found == sorted(v for (_, _, name), v in given.items() if name == scale)
     # Each clip's marks are those of the letter under which it stood.
