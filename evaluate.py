@@ -547,6 +547,9 @@ def parse_arguments(argv=None):
     args.command = None
     if args.systems and args.systems[0] in COMMANDS:
         args.command = args.systems.pop(0)
+    for system in args.systems:
+        if system != "musicgen-small" and not Path(system).is_dir():
+            read_config(Path(system))  # says that there is none
     if bool(args.musiccaps) != bool(args.clips):
         raise ValueError("--musiccaps CSV and --clips FOLDER belong together")
     if args.count is not None and args.count < 2:

@@ -144,10 +144,10 @@ def sine(hertz, seconds=10.0):
     return torch.sin(2 * torch.pi * hertz * torch.arange(int(seconds * SR)) / SR)
 
 
-def test_the_judge_hears_a_pitch_where_it_is():
+def test_the_judge_hears_a_pitch_class_where_it_is():
     for midi in (48, 69, 88):
-        pitch = judge.hear(0.1 * sine(440 * 2 ** ((midi - 69) / 12))[None]).pitch[0, :, 50]
-        assert pitch.argmax() == 2 * (midi - judge.LOWEST)
+        chroma = judge.hear(0.1 * sine(440 * 2 ** ((midi - 69) / 12))[None]).chroma[0]
+        assert chroma.sum(0).argmax() == midi % 12
 
 
 def test_the_judge_hears_all_clips_at_one_loudness():
@@ -166,15 +166,13 @@ def test_clicks_repeat_at_their_tempo():
 
 
 def test_a_key_transposed_is_the_key_transposed(ear):
-    """The pitch ear commutes with transposition: six semitones up, all answers move up by six."""
-    generator = torch.Generator().manual_seed(0)
-    pitch = torch.full((1, 180, 108), -2.0)
-    pitch[:, 40:100] = torch.randn(1, 60, 108, generator=generator)
-    sound = judge.Sound(torch.zeros(1, 64, 862), pitch, torch.zeros(1, 12, 384))
+    """Five semitones up, all answers move up by five."""
+    chroma = torch.rand(1, 15, 12, generator=torch.Generator().manual_seed(0))
+    sound = judge.Sound(torch.zeros(1, 8, 436), chroma, torch.zeros(1, 12, 384))
     with torch.inference_mode():
         keys = ear.ear(sound)[1]["key"].view(2, 12)
-        moved = ear.ear(sound._replace(pitch=pitch.roll(12, 1)))[1]["key"].view(2, 12)
-    assert torch.allclose(keys.roll(6, 1), moved, atol=0.05)
+        moved = ear.ear(sound._replace(chroma=chroma.roll(5, 2)))[1]["key"].view(2, 12)
+    assert torch.allclose(keys.roll(5, 1), moved, atol=1e-4)
     assert keys.std() > 0.1  # it does say something
 
 
@@ -422,18 +420,15 @@ def test_a_report_is_markdown_and_csv(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["nowhere"], "no checkpoint at nowhere"),
+        (["toy/lm", "nowhere"], "no checkpoint at nowhere"),
         (["--count", "1"], "--count must be at least 2"),
         (["--musiccaps", "x.csv"], "belong together"),
         (["table1"], "table1 needs checkpoints"),
         (["figure3"], "figure3 needs"),
     ],
 )
-def test_bad_input_gets_one_sentence(options, sentence, tmp_path, monkeypatch, capsys):
+def test_bad_input_gets_one_sentence(options, sentence, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *options])
-    monkeypatch.setattr(evaluate, "CACHE", tmp_path)
-    monkeypatch.setattr(evaluate, "through_codec", lambda *a: [])
-    monkeypatch.setattr(evaluate, "hear", lambda *a: judge.heard_in_real_clips().of(range(64)))
     with pytest.raises(SystemExit, match="2"):
         entry(evaluate.main)
     assert sentence in capsys.readouterr().err
