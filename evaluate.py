@@ -289,11 +289,14 @@ def quality(ruler, task, heard, captions) -> dict:
 def following(task, heard, captions=None) -> dict:
     """{factor: (share, interval, of how many)}: is each factor that was asked for what is heard?
     captions: counts a factor where the caption names it; None: everywhere (real clips)."""
-    correct = right(heard.logits, task.factors)
+    everywhere = np.ones(len(task.factors), bool)
     asked = mentioned(captions, task.factors) if captions else {}
     cells = {}
-    for factor, values in correct.items():
-        values = values[asked.get(factor, slice(None))].astype(float)
+    for factor, values in right(heard.logits, task.factors).items():
+        counted = asked.get(factor, everywhere)
+        if factor == "genre":  # of a mixture the judge hears the rhythm's
+            counted = counted & np.array([f["rhythm"] is None for f in task.factors])
+        values = values[counted].astype(float)
         if len(values):
             cells[factor] = (values.mean(), interval(values), len(values))
     return cells

@@ -176,17 +176,17 @@ def test_a_key_transposed_is_the_key_transposed(ear):
     assert keys.std() > 0.1  # it does say something
 
 
-def test_what_the_judge_heard_in_real_clips_is_as_good_as_it_says(ear):
-    """The ceiling that is printed beside every table; floors a little below what was measured."""
+def test_what_the_judge_heard_in_real_clips_is_as_good_as_asked():
+    """The ceiling that is printed beside every table. Mixtures of genres are left out of "genre": of
+    those the judge hears the one that lends the rhythm."""
     heard = judge.heard_in_real_clips()
     factors = [toy.sample_clip(16 * i)[0] for i in range(len(heard.frames))]
     assert len(factors) == 384
-    score = {k: v.mean() for k, v in judge.right(heard.logits, factors).items()}
-    for factor, floor in FLOORS.items():
-        assert score[factor] >= floor, (factor, score)
-
-
-FLOORS = dict(genre=0.9, lead=0.5, tempo=0.9, key=0.5, mood=0.7)
+    verdicts = judge.right(heard.logits, factors)
+    verdicts["genre"] = verdicts["genre"][[f["rhythm"] is None for f in factors]]
+    floors = dict(genre=0.95, lead=0.9, tempo=0.95, key=0.9, mood=0.9)
+    for factor, floor in floors.items():
+        assert verdicts[factor].mean() >= floor, factor
 
 
 def test_captions_are_nearer_to_their_own_clips_than_to_others(ear):
