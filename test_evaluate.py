@@ -177,8 +177,8 @@ def test_a_key_transposed_is_the_key_transposed(ear):
 
 
 def test_what_the_judge_heard_in_real_clips_is_as_good_as_asked():
-    """The ceiling that is printed beside every table. Mixtures of genres are left out of "genre": of
-    those the judge hears the one that lends the rhythm."""
+    """The ceiling that is printed beside every table. Mixtures are left out of "genre": of those
+    the judge hears the genre that lends the rhythm."""
     heard = judge.heard_in_real_clips()
     factors = [toy.sample_clip(16 * i)[0] for i in range(len(heard.frames))]
     assert len(factors) == 384
