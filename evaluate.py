@@ -66,7 +66,7 @@ LENGTHS = ("words", "sentence", "paragraph")
 def music(system, prompts, seconds, progress="") -> tuple[list, list]:
     """Plays the prompts (captions; the number is the seed) -> audio files, and the first codebook
     of each clip (T,) where the system writes codes. What was made once is found in out/eval."""
-    if Path(system).is_dir() and not (Path(system) / "config.json").exists():
+    if is_audio(system):
         return answers_in(Path(system), len(prompts)), None
     if system == "musicgen-small":
         play, seal = musicgen, "musicgen-small"
@@ -88,6 +88,11 @@ def music(system, prompts, seconds, progress="") -> tuple[list, list]:
             write_audio(files[i], audio)  # last: a clip is there when its audio is
     codes = [file.with_suffix(".npy") for file in files]
     return files, [np.load(c) for c in codes] if codes[0].exists() else None
+
+
+def is_audio(system):
+    """Whether a system is a folder of audio: it answers the first set of prompts only."""
+    return Path(system).is_dir() and not (Path(system) / "config.json").exists()
 
 
 def compose(checkpoint, prompts, seconds, seeds):
@@ -329,8 +334,11 @@ def measure(systems, ruler, task) -> tuple[list, list]:
         spread = diversity(task.alike)
         rows[0][1]["diversity"] = (spread.mean(), interval(spread))
         tokens[rows[0][0]] = task.tokens
+    CACHE.mkdir(parents=True, exist_ok=True)
+    write(CACHE / "prompts.txt", "".join(f"{caption}\n" for caption in captions))
     for system in systems:
-        for kind, prompts in task.prompts.items():
+        asked = {first: captions} if is_audio(system) else task.prompts
+        for kind, prompts in asked.items():
             files, codes = music(system, prompts, task.seconds, f"{system}, {kind}")
             heard = hear(ruler, files, f"{system}, {kind}")
             if kind == first:
