@@ -323,7 +323,7 @@ def mentioned(captions, factors):
 
 def measure(systems, ruler, task) -> tuple[list, list]:
     """-> rows of the quality table, and of the table of factors: [(name, {column: cell})]"""
-    (first, captions), *others = task.prompts.items()
+    first, captions = next(iter(task.prompts.items()))
     rows, factor_rows, tokens = [], [], {}
     for name, files in task.real:
         heard = hear(ruler, files, name)

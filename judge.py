@@ -257,7 +257,7 @@ def load_judge(file=FILE):
 
 
 def same_tempo(asked, heard, tolerance=0.04):
-    return abs(heard / asked - 1) <= tolerance
+    return abs(heard - asked) <= tolerance * asked
 
 
 def right(logits, factors) -> dict:
