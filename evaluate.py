@@ -1,184 +1,611 @@
-"""Does the music do what the words asked? Measured by a listener trained on real clips.
+"""Does the music do what the words asked, and does it sound like music? Measured.
 
-    python evaluate.py                          the newest checkpoint, else the shipped one
-    python evaluate.py --checkpoint out/mamba/best
+    python evaluate.py                              the model that ships, beside real clips
+    python evaluate.py out/simba/best mine/         checkpoints, and folders of 000.wav, 001.wav ...
+    python evaluate.py musicgen-small out/simba/best --musiccaps musiccaps-public.csv --clips clips/
 
-The listener is a small convolutional classifier of genre, lead and mood on the spectrogram that the
-first codebook decodes to. It is trained on the toy world's real training clips alone (about two
-minutes, kept in out/listener), and its accuracy on held-out real clips is printed above every other
-figure: that is the ceiling. Mixtures of two genres are left out, of the prompts as of the real
-clips. The tempo is measured without learning, from the autocorrelation of onsets.
+Every table has the same columns, whatever listens: the toy world's judge (`judge.py`: FD_toy,
+KL_toy, CLAP_toy and whether each factor is what was asked) or the paper's networks (`embedders.py`:
+FD_openl3, KL, CLAP). Above the systems stand real clips, which say how good the ruler is, and real
+clips through the codec with nine codebooks and with one, which say what a model of those tokens can
+reach. Numbers in brackets are 95% intervals, from a bootstrap over clips.
+
+What is made is kept in out/eval, so a run that was broken off goes on. Tables land in results/ as
+Markdown and CSV. The paper's tables and figures, each one command (figures.py):
+
+    python evaluate.py table1 MAMBA SIMBA CROSS-SIMBA TRANSFORMER
+    python evaluate.py table2 SIMBA TRANSFORMER SIMBA-9      (both with a second stage)
+    python evaluate.py table4 SIMBA-24 SIMBA-12 SIMBA-6
+    python evaluate.py figure2 out/simba/step-* out/transformer/step-*
+    python evaluate.py figure3 SIMBA TRANSFORMER             spectrograms of one prompt
+    python evaluate.py kappa                                 the codec with 1 ... 9 codebooks
+
+N clips · W frames of an embedding · D its size · C tags
 """
 
 import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import nn
-from tqdm import trange
+from tqdm import tqdm
 
+import figures
 import toy
-from codec import FRAME_RATE, load_codec
-from data import Clips
-from model import entry, generate, load_checkpoint, load_text_encoder, read_config, read_tensors
-from sample import newest_checkpoint
+from codec import load_codec, mel_spectrogram, read_audio, write_audio
+from data import AUDIO, Clips
+from diffusion import load_refiner, refine
+from judge import heard_in_real_clips, load_judge, right
+from metrics import (
+    clap_scores,
+    diversity,
+    frechet_distance,
+    frechet_interval,
+    interval,
+    kl_divergence,  # noqa: F401  (part of this file's interface)
+    kl_divergences,
+    longest_copies,
+)
+from model import entry, generate, load_checkpoint, load_text_encoder, read_config
+from sample import SHIPPED, find_refiner, newest_checkpoint
 
-FACTORS = {"genre": list(toy.GENRES), "lead": list(toy.LEADS), "mood": list(toy.MOODS)}
+CACHE = Path("out/eval")
+RESULTS = Path("results")
 LENGTHS = ("words", "sentence", "paragraph")
 
-
-class Listener(nn.Module):
-    """Log-band frames (B, D, T) -> logits for each factor: (B, classes)."""
-
-    def __init__(self, bands=160, width=128):
-        super().__init__()
-        sizes = [bands, width, width, width, width]
-        self.convs = nn.ModuleList(nn.Conv1d(a, b, 5, 2) for a, b in zip(sizes, sizes[1:]))
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in self.convs)
-        self.dropout = nn.Dropout(0.2)
-        self.heads = nn.ModuleDict({k: nn.Linear(2 * width, len(v)) for k, v in FACTORS.items()})
-
-    def forward(self, bands):
-        h = bands / 20  # dB -> about unit variance
-        for conv, norm in zip(self.convs, self.norms):
-            h = F.gelu(norm(conv(h)))
-        h = self.dropout(torch.cat([h.mean(2), h.amax(2)], 1))  # over time
-        return {factor: head(h) for factor, head in self.heads.items()}
+# -------------------------------------------------------------------------------- the systems ----
 
 
-def train_listener(codec, clips, folder, steps=600, batch=32):
-    """The listener of this codec, trained now or found in `folder`."""
-    listener, file = Listener(), Path(folder) / "listener.safetensors"
-    if file.exists():
-        listener.load_state_dict(read_tensors(file))
-        return listener.eval()
-    torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(listener.parameters(), 2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    rng = np.random.default_rng(0)
-    for _ in trange(steps, desc="training the listener", disable=None):
-        picks = rng.integers(len(clips), size=batch)
-        codes = torch.from_numpy(np.stack([clips.codes(i, 0, 862) for i in picks]))
-        logits = listener(codec.from_codes(codes))
-        truth = {k: labels([clips.rows[i]["factors"] for i in picks], k) for k in FACTORS}
-        loss = sum(F.cross_entropy(logits[k], truth[k]) for k in FACTORS)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(listener.state_dict(), file)
-    return listener.eval()
+def music(system, prompts, seconds, progress="") -> tuple[list, list]:
+    """Plays the prompts (captions; the number is the seed) -> audio files, and the first codebook
+    of each clip (T,) where the system writes codes. What was made once is found in out/eval."""
+    if is_audio(system):
+        return answers_in(Path(system), len(prompts)), None
+    if system == "musicgen-small":
+        play, seal = musicgen, "musicgen-small"
+    else:
+        play, seal = compose, fingerprint(Path(system))
+    about = json.dumps([seal, prompts, seconds])
+    slug = re.sub(r"\W+", "-", str(system)).strip("-")[-40:]
+    folder = CACHE / f"{slug}-{hashlib.sha1(about.encode()).hexdigest()[:10]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{i:03}.wav" for i in range(len(prompts))]
+    missing = [i for i, file in enumerate(files) if not file.exists()]
+    groups = [missing[i : i + 16] for i in range(0, len(missing), 16)]
+    for group in tqdm(groups, f"playing {progress or system}", disable=None, leave=False):
+        for i, (audio, codes) in zip(
+            group, play(system, [prompts[i] for i in group], seconds, group)
+        ):
+            if codes is not None:
+                np.save(files[i].with_suffix(".npy"), codes[0].astype(np.uint16))
+            write_audio(files[i], audio)  # last: a clip is there when its audio is
+    codes = [file.with_suffix(".npy") for file in files]
+    return files, [np.load(c) for c in codes] if codes[0].exists() else None
 
 
-def labels(factors, key):
-    return torch.tensor([FACTORS[key].index(f[key]) for f in factors])
+def is_audio(system):
+    """Whether a system is a folder of audio: it answers the first set of prompts only."""
+    return Path(system).is_dir() and not (Path(system) / "config.json").exists()
 
 
-def tempo_of(bands, slowest=50, fastest=220):
-    """Log-band frames (D, T) -> beats a minute: the lag at which onsets repeat best.
-
-    Onset strength is the rise of each band, summed; its autocorrelation is read at one to four
-    times a candidate's beat, so that a wrong candidate has to be wrong four times.
-    """
-    rise = bands.diff(dim=1).clamp(min=0).mean(0)
-    rise = rise - F.avg_pool1d(rise[None, None], 87, 1, 43, count_include_pad=False)[0, 0]
-    spectrum = torch.fft.rfft(rise, n=4 * len(rise))
-    correlation = torch.fft.irfft(spectrum.abs() ** 2)[: len(rise)].numpy()
-    tempi = np.arange(slowest, fastest, 0.25)
-    score = sum(
-        np.interp(k * 60 * FRAME_RATE / tempi, np.arange(len(correlation)), correlation)
-        for k in (1, 2, 3, 4)
-    )
-    return float(tempi[score.argmax()])
-
-
-def same_tempo(asked, heard, tolerance=0.05):
-    """Within the tolerance of the tempo asked, of its double or of its half."""
-    return any(abs(heard / (asked * octave) - 1) <= tolerance for octave in (0.5, 1, 2))
-
-
-def judge(listener, codec, codes, factors):
-    """-> {factor: right or wrong (B,)}, with "tempo" among them"""
-    with torch.inference_mode():
-        bands = codec.from_codes(codes[:, :1])
-        logits = listener(bands)
-    right = {k: (logits[k].argmax(1) == labels(factors, k)).numpy() for k in FACTORS}
-    heard = [tempo_of(b) for b in bands]
-    right["tempo"] = np.array([same_tempo(f["tempo"], h) for f, h in zip(factors, heard)])
-    return right
-
-
-def held_out_prompts(clips, count, length):
-    """Factors of `count` held-out clips of one genre each, every genre about as often as another,
-    and captions of this length that name the genre."""
-    by_genre = {g: [] for g in toy.GENRES}
-    for row in clips.rows:
-        if row["factors"]["rhythm"] is None:
-            by_genre[row["factors"]["genre"]].append(row["factors"])
-    chosen = [f for group in zip(*by_genre.values()) for f in group][:count]
-    captions = []
-    for i, factors in enumerate(chosen):
-        rng = np.random.default_rng([LENGTHS.index(length), i])
-        names = toy.GENRES[factors["genre"]].words
-        while not any(n in (text := toy.caption(factors, rng, length)).lower() for n in names):
-            pass
-        captions.append(text)
-    return chosen, captions
-
-
-def follow(checkpoint, count):
-    """Prints how often samples of held-out prompts show what was asked."""
-    folder = toy.corpus()
+def compose(checkpoint, prompts, seconds, seeds):
+    """Samples of a checkpoint, with the settings it was shipped with or the paper's (guidance 3,
+    temperature 1.2, top 250), and its first codebook refined -> yields (audio (S,), codes)."""
     config = read_config(checkpoint)
-    codec = load_codec(config["codec"])
-    train, valid = (Clips(folder, split, 1, codec.name) for split in ("train", "valid"))
-    listener = train_listener(codec, train, "out/listener")
-    rows = []
-    plain = [i for i, row in enumerate(valid.rows) if row["factors"]["rhythm"] is None]
-    real = torch.from_numpy(np.stack([valid.codes(i, 0, 862) for i in plain]))
-    right = judge(listener, codec, real, [valid.rows[i]["factors"] for i in plain])
-    rows.append(("real clips", right, {k: np.ones(len(v), bool) for k, v in right.items()}))
-
     lm, encoder = load_checkpoint(checkpoint), load_text_encoder(checkpoint)
-    for length in LENGTHS:
-        factors, captions = held_out_prompts(valid, count, length)
-        blocks = generate(
-            lm, encoder, captions, 862, list(range(len(captions))), **config.get("sampling", {})
+    codec = load_codec(config["codec"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm.to(device), encoder.to(device)
+    if second := find_refiner(lm, codec):
+        options = read_config(second).get("sampling", {})
+        refiner, its_encoder = load_refiner(second).to(device), load_text_encoder(second).to(device)
+    frames = math.ceil(seconds * codec.sample_rate / codec.hop)
+    blocks = generate(lm, encoder, prompts, frames, seeds, **config.get("sampling", {}))
+    for prompt, seed, codes in zip(prompts, seeds, torch.cat(list(blocks), 2)):
+        if second:
+            pieces = refine(refiner, its_encoder, codec, prompt, [codes], seed, **options)
+            codes = torch.cat([*pieces], 1)
+        yield codec.decode(codec.from_codes(codes[None]))[0].numpy(), codes.numpy()
+
+
+def musicgen(name, prompts, seconds, seeds):
+    """MusicGen-small through transformers, with its authors' settings."""
+    from scipy.signal import resample_poly
+    from transformers import AutoProcessor, MusicgenForConditionalGeneration
+
+    try:
+        model = MusicgenForConditionalGeneration.from_pretrained(f"facebook/{name}").eval()
+        processor = AutoProcessor.from_pretrained(f"facebook/{name}")
+    except OSError:
+        raise ValueError(
+            f"no weights of {name}: they come once from https://huggingface.co/facebook/{name}"
+            f" (`huggingface-cli download facebook/{name}` fetches them)"
+        ) from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for prompt, seed in zip(prompts, seeds):
+        torch.manual_seed(seed)
+        inputs = processor(text=[prompt], padding=True, return_tensors="pt").to(device)
+        audio = model.to(device).generate(
+            **inputs,
+            do_sample=True,
+            guidance_scale=3.0,
+            top_k=250,
+            max_new_tokens=round(50 * seconds),
         )
-        bar = trange(-(-862 // 64), desc=f"sampling, {length}", disable=None)
-        codes = torch.cat([block for _, block in zip(bar, blocks)], 2)
-        right = judge(listener, codec, codes, factors)
-        asked = {
-            "genre": np.ones(len(factors), bool),
-            "lead": mentioned(captions, [toy.LEADS[f["lead"]][3] for f in factors]),
-            "mood": mentioned(captions, [toy.MOODS[f["mood"]].words for f in factors]),
-            "tempo": np.array([bool(re.search(r"\d+ (bpm|beats)", c, re.I)) for c in captions]),
-        }  # fmt: skip
-        rows.append((f"{checkpoint}, {length}", right, asked))
-    print("\n| clips | " + " | ".join(rows[0][1]) + " |\n|---|" + "---|" * len(rows[0][1]))
-    for name, right, asked in rows:
-        cells = [f"{right[k][asked[k]].mean():.0%} of {asked[k].sum()}" for k in right]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        yield resample_poly(audio[0, 0].float().cpu().numpy(), 441, 320), None
 
 
-def mentioned(captions, words):
-    """Which captions use any of their words."""
-    return np.array([any(w in c.lower() for w in ws) for c, ws in zip(captions, words)])
+def fingerprint(checkpoint):
+    """A name for the weights and settings of a checkpoint, and of the second stage that refines
+    it, that changes when they do."""
+    read_config(checkpoint)  # or says what is missing
+    folders = checkpoint, newest_checkpoint(refiner=True)
+    parts = [f / name for f in folders for name in ("config.json", "model.safetensors")]
+    return hashlib.sha1(b"".join(p.read_bytes() for p in parts if p.exists())).hexdigest()
 
 
-def main():
+def answers_in(folder, count):
+    """Files of a folder named by the prompt's number: 000.wav, 001.wav, ..."""
+    numbered = {int(p.stem): p for p in folder.iterdir() if p.stem.isdigit() and p.suffix in AUDIO}
+    missing = [i for i in range(count) if i not in numbered]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {count} clips, such as {missing[0]:03}.wav: clip NNN"
+            f" answers line NNN (from 0) of {CACHE / 'prompts.txt'}"
+        )
+    return [numbered[i] for i in range(count)]
+
+
+def through_codec(codes, codec, name):
+    """Real clips as a codec gives them back: codes (N, k, T) -> audio files, kept in out/eval."""
+    key = hashlib.sha1(np.ascontiguousarray(codes).tobytes()).hexdigest()[:10]
+    folder = CACHE / f"codec-{codec.name}-{codes.shape[1]}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{i:03}.wav" for i in range(len(codes))]
+    todo = [(one, file) for one, file in zip(codes, files) if not file.exists()]
+    for one, file in tqdm(todo, f"codec, {codes.shape[1]} codebook(s)", disable=None, leave=False):
+        write_audio(file, codec.decode(codec.from_codes(torch.from_numpy(one)[None]))[0])
+    return files
+
+
+# ----------------------------------------------------------------------------------- the tasks ----
+#
+# A task says what is asked of every system, and what real music sounds like there:
+#   prompts    {name: captions (N)}; the first set is the one that quality is measured on
+#   seconds    the length of a clip
+#   reference  frames (M, D) of real clips
+#   tags       (N, C), what a tagger hears in the real clip behind each prompt
+#   real       [(name, audio files or what was heard in them)], the rows above the systems
+#   factors    (N) of the clips behind the prompts, in the toy world
+#   again      {prompt number of the set "again": group}, several samples of one prompt
+
+SAMPLES = 4  # of one prompt, for diversity
+VOCAL = re.compile(
+    r"\b(vocal\w*|voices?|voiced|sing|sings|singing|singers?|sung|sang|rap|raps|rapping|rappers?|"
+    r"choirs?|choral|lyrics?|humming|hums|chant\w*|yodel\w*|beatbox\w*|a ?cappella|spoken|speech|"
+    r"speak\w*|talk\w*|narrat\w*|whisper\w*|shout\w*|scream\w*|soprano|tenor|baritone|falsetto|"
+    r"opera\w*)\b", re.I
+)  # fmt: skip
+
+
+def toy_task(judge, count, codec):
+    """Captions of the corpus's held-out clips. What the judge hears in those clips as they were
+    rendered was written down when it was trained, because audio does not ship: the prompts' own
+    clips are the row "real clips", the rest is the reference."""
+    valid = Clips(toy.corpus(), "valid", codec.codebooks, codec.name)
+    every, heard = Clips(toy.corpus(), "valid", 1, codec.name), heard_in_real_clips()
+    count = min(count, len(valid))
+    factors = [row["factors"] for row in every.rows]
+    prompts = {}
+    for length in ("sentence", "words", "paragraph"):
+        draws = [np.random.default_rng([LENGTHS.index(length), i]) for i in range(count)]
+        prompts[length] = [toy.caption(f, rng, length) for f, rng in zip(factors, draws)]
+    alike = {}  # held-out clips that a prompt of mood and genre does not tell apart
+    for i, f in enumerate(factors):
+        if f["rhythm"] is None:
+            alike.setdefault(f"{f['mood']} {f['genre']}", []).append(i)
+    alike = {prompt: rows[:SAMPLES] for prompt, rows in alike.items() if len(rows) >= SAMPLES}
+    prompts["again"] = [p for p in [*alike][:8] for _ in range(SAMPLES)]
+    codes = np.stack([valid.codes(i, 0, 862) for i in range(count)])
+    mine = heard.of(range(count))
+    real = [("real clips", mine)] + [
+        (f"codec, {k} codebook{'s' * (k > 1)}", through_codec(codes[:, :k], codec, k))
+        for k in (codec.codebooks, 1)
+    ]
+    return SimpleNamespace(
+        name="toy", prompts=prompts, seconds=10.0, factors=factors[:count], real=real,
+        reference=torch.cat(heard.of(range(count, len(every))).frames), tags=judge.tags(mine),
+        alike=[heard.of(rows).embedding for rows in [*alike.values()][:8]],
+        tokens=[every.codes(i)[0] for i in range(count)],
+        about=f"{count} held-out clips; reference: the other {len(every) - count} held-out clips",
+    )  # fmt: skip
+
+
+def musiccaps(table, folder, seconds, count, seed=0):
+    """The paper's choice of MusicCaps: captions without vocal terms, and of those a seeded choice.
+
+    table: musiccaps-public.csv (columns ytid and caption); folder: audio files whose names contain
+    the ytid, as downloaders write them -> [(caption, file)]. Clips shorter than `seconds` are left
+    out (a little less is a rounding of the downloader's).
+    """
+    import soundfile
+
+    try:
+        with open(table, newline="", encoding="utf-8") as lines:
+            rows = [(r["ytid"], r["caption"].strip()) for r in csv.DictReader(lines)]
+    except (KeyError, UnicodeDecodeError):
+        raise ValueError(f"{table} is not MusicCaps: it needs columns ytid and caption") from None
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix in AUDIO)
+    found = []
+    for ytid, caption in rows:
+        file = next((p for p in files if ytid in p.stem), None)
+        if file and not VOCAL.search(caption) and soundfile.info(file).duration > seconds - 0.1:
+            found.append((caption, file))
+    if len(found) < count:
+        raise ValueError(
+            f"{folder} holds {len(found)} clips of {seconds:g} s whose captions in {table} name no"
+            f" vocals; {count} are wanted: download more, or ask for fewer with --count"
+        )
+    picks = np.random.default_rng(seed).permutation(len(found))[:count]
+    return [found[i] for i in picks]
+
+
+def paper_task(ruler, table, folder, seconds, count, codec):
+    """MusicCaps prompts; the reference is the clips behind them."""
+    chosen = musiccaps(table, folder, seconds, count)
+    audio = [read_audio(file)[0, : round(seconds * 44100)] for _, file in chosen]
+    heard = ruler.listen(tqdm(audio, "real clips", disable=None))
+    codes = [codec.encode(a[None])[0].numpy() for a in audio]
+    shortest = min(c.shape[1] for c in codes)
+    codes = np.stack([c[:, :shortest] for c in codes])
+    real = [(f"codec, {k} codebook{'s' * (k > 1)}", through_codec(codes[:, :k], codec, k))
+            for k in (codec.codebooks, 1)]  # fmt: skip
+    return SimpleNamespace(
+        name=f"musiccaps-{seconds:g}s", prompts={"captions": [c for c, _ in chosen]},
+        seconds=seconds, factors=None, reference=torch.cat(heard.frames), real=real,
+        tags=ruler.tags(heard), alike=None, tokens=None,
+        about=f"{count} MusicCaps prompts without vocal terms; reference: their own clips",
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- measuring ----
+
+
+def hear(ruler, files, title=""):
+    """Audio files, or what was heard in them already -> what the ruler hears."""
+    if not isinstance(files, list):
+        return files
+    clips = (read_audio(file)[0] for file in files)
+    return ruler.listen(tqdm(clips, f"listening, {title}", len(files), disable=None, leave=False))
+
+
+def quality(ruler, task, heard, captions) -> dict:
+    """{column: (value, (low, high))} of the metrics that need no factors."""
+    tags, references = ruler.tags(heard), task.reference
+    kl = kl_divergences(tags, task.tags).reshape(len(tags), -1).mean(1)  # over segments, if any
+    clap = clap_scores(heard.embedding, ruler.read(captions))
+    fd = frechet_distance(torch.cat(list(heard.frames)), references)
+    return {
+        ruler.names["fd"]: (fd, frechet_interval(heard.frames, references)),
+        ruler.names["kl"]: (kl.mean(), interval(kl)),
+        ruler.names["clap"]: (clap.mean(), interval(clap)),
+    }
+
+
+def following(task, heard, captions=None) -> dict:
+    """{factor: (share, interval, of how many)}: is each factor that was asked for what is heard?
+    captions: counts a factor where the caption names it; None: everywhere (real clips)."""
+    everywhere = np.ones(len(task.factors), bool)
+    asked = mentioned(captions, task.factors) if captions else {}
+    cells = {}
+    for factor, values in right(heard.logits, task.factors).items():
+        counted = asked.get(factor, everywhere)
+        if factor == "genre":  # of a mixture the judge hears the rhythm's
+            counted = counted & np.array([f["rhythm"] is None for f in task.factors])
+        values = values[counted].astype(float)
+        if len(values):
+            cells[factor] = (values.mean(), interval(values), len(values))
+    return cells
+
+
+def mentioned(captions, factors):
+    """Which captions name each factor: {factor: (N,) of bool}"""
+    texts = [c.lower() for c in captions]
+    uses = lambda words: np.array([any(w in t for w in ws) for t, ws in zip(texts, words)])
+    said = lambda pattern: np.array([bool(re.search(pattern, t)) for t in texts])
+    return {
+        "genre": uses([[*toy.GENRES[f["genre"]].words, f["genre"]] for f in factors]),
+        "lead": uses([toy.LEADS[f["lead"]][3] for f in factors]),
+        "tempo": said(r"\d+ (bpm|beats)"),
+        "key": said(r"\b[a-g](#|b| sharp| flat)? (major|minor)\b"),
+        "mood": uses([toy.MOODS[f["mood"]].words for f in factors]),
+    }
+
+
+def measure(systems, ruler, task) -> tuple[list, list]:
+    """-> rows of the quality table, and of the table of factors: [(name, {column: cell})]"""
+    first, captions = next(iter(task.prompts.items()))
+    rows, factor_rows, tokens = [], [], {}
+    for name, files in task.real:
+        heard = hear(ruler, files, name)
+        rows.append((name, quality(ruler, task, heard, captions)))
+        if task.factors:
+            factor_rows.append((f"{name}, every factor", following(task, heard)))
+    if task.alike:
+        spread = diversity(task.alike)
+        rows[0][1]["diversity"] = (spread.mean(), interval(spread))
+        tokens[rows[0][0]] = task.tokens
+    CACHE.mkdir(parents=True, exist_ok=True)
+    write(CACHE / "prompts.txt", "".join(f"{caption}\n" for caption in captions))
+    for system in systems:
+        asked = {first: captions} if is_audio(system) else task.prompts
+        for kind, prompts in asked.items():
+            files, codes = music(system, prompts, task.seconds, f"{system}, {kind}")
+            heard = hear(ruler, files, f"{system}, {kind}")
+            if kind == first:
+                rows.append((str(system), quality(ruler, task, heard, captions)))
+                tokens[str(system)] = codes
+            elif kind == "again":
+                groups = heard.embedding.reshape(-1, SAMPLES, heard.embedding.shape[1])
+                spread = diversity(groups)
+                rows[-1][1]["diversity"] = (spread.mean(), interval(spread))
+            if task.factors and kind != "again":
+                factor_rows.append((f"{system}, {kind}", following(task, heard, prompts)))
+    if task.tokens:
+        copied(rows, tokens)
+    return rows, factor_rows
+
+
+def copied(rows, tokens):
+    """Adds the column of copying: tokens of the first codebook in a row that the training set of
+    the toy world holds as well. Held notes repeat a token, so real clips share long runs, too."""
+    train = Clips(toy.corpus(), "train", 1)
+    known = {name: codes for name, codes in tokens.items() if codes is not None}
+    mine = [clip for codes in known.values() for clip in codes]
+    runs = longest_copies(mine, [train.codes(i)[0] for i in range(len(train))])
+    cells = dict(rows)
+    for name, codes in known.items():
+        mine, runs = runs[: len(codes)], runs[len(codes) :]
+        cells[name]["copied"] = (mine.mean(), interval(mine))
+
+
+def report(name, title, rows, settings, paper=None):
+    """Prints a table, and writes it to results/NAME.md and .csv. paper: {row: {column: text}}, the
+    published figures, which stand beside ours in columns of their own."""
+    columns = list(dict.fromkeys(c for _, cells in rows for c in cells))
+    theirs = list(dict.fromkeys(c for cells in (paper or {}).values() for c in cells))
+    head = ["", *columns, *(f"{c}, paper" for c in theirs)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row, cells in rows:
+        shown = [cell_text(cells.get(c)) for c in columns]
+        shown += [str((paper or {}).get(row, {}).get(c, "")) for c in theirs]
+        lines.append(f"| {row} | {' | '.join(shown)} |")
+    text = f"{title}\n\n" + "\n".join(lines) + f"\n\n{settings}\n"
+    print("\n" + text)
+    RESULTS.mkdir(exist_ok=True)
+    write(RESULTS / f"{name}.md", text)
+    text = io.StringIO()
+    sheet = csv.writer(text, lineterminator="\n")
+    sheet.writerow(["", *(f"{c}{part}" for c in columns for part in ("", " low", " high"))])
+    for row, cells in rows:
+        found = (cells.get(c, ("", ("", ""))) for c in columns)
+        sheet.writerow([row, *(x for value, bounds, *_ in found for x in (value, *bounds))])
+    write(RESULTS / f"{name}.csv", text.getvalue())
+
+
+def cell_text(cell):
+    if cell is None:
+        return ""
+    value, (low, high), *count = cell
+    if count:
+        return f"{value:.0%} [{low:.0%}, {high:.0%}] of {count[0]}"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def write(path, text):
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+# ----------------------------------------------------------------- the paper's tables, figures ----
+
+
+def named(system):
+    """A system as the paper calls it, and its parameters in millions."""
+    if not (Path(system) / "config.json").exists():
+        return ("MusicGen-small" if system == "musicgen-small" else str(system)), None
+    lm = load_checkpoint(system)
+    name = figures.NAMES[lm.config.variant]
+    name += f", {lm.config.codebooks} codebooks" if lm.config.codebooks > 1 else ""
+    return name, sum(p.numel() for p in lm.parameters()) / 1e6
+
+
+def paper_table(number, args, published, seconds=(10.0,), label=None):
+    """Tables I, II and IV: the quality table of the systems, under the paper's names, with the
+    paper's own figures beside."""
+    if not args.systems:
+        raise ValueError(f"{args.command} needs checkpoints: python evaluate.py {args.command} ...")
+    label = label or (lambda system: named(system)[0])
+    for length in seconds:
+        args.seconds = length
+        ruler, task = open_task(args)
+        task.seconds = length
+        task.prompts = dict([next(iter(task.prompts.items()))])
+        rows, _ = measure(args.systems, ruler, task)
+        for i, system in enumerate(args.systems, len(task.real)):
+            name, parameters = named(system)
+            size = f", {parameters:.3g} M" if parameters else ""
+            rows[i] = (f"{label(system)} ({system}{size})", rows[i][1])
+        theirs, known = {}, published(length)
+        for row, _ in rows:
+            if (name := row.split(" (")[0]) in known:
+                theirs[row] = figures.published(known[name])
+        settings = (
+            f"{task.about}; {ruler.settings}; {length:g} s. The paper's columns are FD_openl3, KL"
+            " and CLAP on MusicCaps, of models of paper size: not the toy judge's ruler."
+        )
+        name, title = f"{args.command}-{task.name}-{length:g}s", f"Table {number}, {length:g} s"
+        report(name, title, rows, settings, theirs)
+
+
+def table1(args):
+    """Four LMs at an early checkpoint, and real clips through one codebook."""
+    paper_table("I", args, lambda seconds: figures.TABLE1)
+
+
+def table2(args):
+    """Two stages against one, 10 s and 25 s."""
+    paper_table(
+        "II", args, lambda s: {n: f[s > 10] for n, f in figures.TABLE2.items()}, (10.0, 25.0)
+    )
+
+
+def table4(args):
+    """24, 12 and 6 blocks, 25 s."""
+    blocks = lambda system: f"{read_config(system)['model'].get('blocks', 24)} blocks"
+    theirs = {f"{n} blocks": f for n, f in figures.TABLE4.items()}
+    paper_table("IV", args, lambda seconds: theirs, (25.0,), blocks)
+
+
+def figure2(args):
+    """The metrics against the training step, for each variant among the checkpoints."""
+    if not args.systems:
+        raise ValueError("figure2 needs checkpoints of one or more runs, at several steps")
+    ruler, task = open_task(args)
+    task.prompts = dict([next(iter(task.prompts.items()))])
+    rows, _ = measure(args.systems, ruler, task)
+    points = {}
+    for system, (_, cells) in zip(args.systems, rows[len(task.real) :]):
+        points.setdefault(named(system)[0], []).append((read_config(system)["step"], cells))
+    series = {}
+    for name, found in points.items():
+        found.sort(key=lambda p: p[0])
+        columns = {c: [cells[c] for _, cells in found] for c in ruler.names.values()}
+        series[name] = ([step for step, _ in found], columns)
+    name, cells = rows[len(task.real) - 1]  # what one codebook of real clips has
+    levels = {name: {c: cells[c][0] for c in ruler.names.values()}}
+    draw_metrics(RESULTS / f"figure2-{task.name}", series, ruler, "training step", levels)
+
+
+def kappa(args):
+    """The forerunner's Figure 1: what 1 ... 9 codebooks of the codec keep of real clips."""
+    ruler, task = open_task(args)
+    codec = load_codec("toy") if task.factors else None
+    captions = next(iter(task.prompts.values()))
+    if codec is None:
+        raise ValueError("kappa reads the toy world's clips: leave out --musiccaps")
+    valid = Clips(toy.corpus(), "valid", codec.codebooks, codec.name)
+    codes = np.stack([valid.codes(i, 0, 862) for i in range(len(captions))])
+    found = []
+    for k in range(1, codec.codebooks + 1):
+        heard = hear(ruler, through_codec(codes[:, :k], codec, k), f"{k} codebook(s)")
+        found.append(quality(ruler, task, heard, captions) | following(task, heard))
+    names = [f"{k} codebooks" for k in range(1, codec.codebooks + 1)]
+    report("kappa", "The codec with 1 to 9 codebooks", [*zip(names, found)], task.about)
+    columns = {c: [cells[c] for cells in found] for c in ruler.names.values()}
+    real = quality(ruler, task, task.real[0][1], captions)
+    series = {"codec": ([*range(1, codec.codebooks + 1)], columns)}
+    levels = {"real clips": {c: real[c][0] for c in ruler.names.values()}}
+    draw_metrics(RESULTS / "kappa", series, ruler, "codebooks (κ)", levels)
+
+
+def figure3(args):
+    """Mel spectrograms of what each system plays to the paper's jazz-reggae prompt."""
+    if not args.systems:
+        raise ValueError("figure3 needs one or more systems, such as checkpoints")
+    clips = {}
+    for system in args.systems:
+        (file,), _ = music(system, [figures.JAZZ_REGGAE], 10.0)
+        name, folder = named(system)[0], Path(system)
+        if (folder / "config.json").exists():
+            name += f", step {read_config(folder)['step']:,}"
+        mel = mel_spectrogram(read_audio(file), relative=False)[0]
+        clips[f"{name} ({folder.name})"] = mel
+    title = figures.JAZZ_REGGAE.split(".")[0] + " ..."
+    figures.spectrograms(RESULTS / "figure3", clips, title)
+    print(f"{RESULTS / 'figure3'}.png and .svg")
+
+
+def draw_metrics(path, series, ruler, xlabel, levels):
+    better = dict(zip(ruler.names.values(), ("down", "down", "up")))
+    figures.curves(path, series, better, xlabel, levels)
+    print(f"{path}.png and .svg")
+
+
+COMMANDS = dict(
+    table1=table1, table2=table2, table4=table4, figure2=figure2, figure3=figure3, kappa=kappa
+)
+
+
+# ------------------------------------------------------------------------------ command line ----
+
+
+def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", help="[the newest in out/, else the one in toy/]")
-    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts a length [64]")
-    args = parser.parse_args()
-    follow(args.checkpoint or newest_checkpoint(), args.prompts)
+    add = parser.add_argument
+    add("systems", nargs="*", help="checkpoints, folders of 000.wav ..., musicgen-small; before "
+        "them, perhaps one of " + ", ".join(COMMANDS))  # fmt: skip
+    add("--count", type=int, help="prompts [64; with --musiccaps 200, or 50 beyond 10 seconds]")
+    add("--musiccaps", metavar="CSV", help="the paper's protocol, with its networks")
+    add("--clips", metavar="FOLDER", help="... and the clips of that table")
+    add("--seconds", type=float, default=10.0, help="length of a clip, with --musiccaps [10]")
+    add("--clap", default="", help="another of laion-clap's checkpoints")
+    add("--kl-average", default="clips", choices=("clips", "segments"), help="of KL in long clips")
+    args = parser.parse_args(argv)
+    args.command = None
+    if args.systems and args.systems[0] in COMMANDS:
+        args.command = args.systems.pop(0)
+    for system in args.systems:
+        if system != "musicgen-small" and not Path(system).is_dir():
+            read_config(Path(system))  # says that there is none
+    if bool(args.musiccaps) != bool(args.clips):
+        raise ValueError("--musiccaps CSV and --clips FOLDER belong together")
+    if args.count is not None and args.count < 2:
+        raise ValueError(f"--count must be at least 2, not {args.count}")
+    if not args.seconds > 0:
+        raise ValueError(f"--seconds must be greater than 0, not {args.seconds}")
+    return args
+
+
+def open_task(args):
+    """-> the ruler and the task that the command line asks for."""
+    checkpoints = [s for s in args.systems if (Path(s) / "config.json").exists()]
+    codec = load_codec(read_config(checkpoints[0])["codec"] if checkpoints else "toy")
+    if not args.musiccaps:
+        judge = load_judge()
+        return judge, toy_task(judge, args.count or 64, codec)
+    import embedders
+
+    ruler = embedders.PaperRuler(args.clap or embedders.CLAP_NAME, args.kl_average)
+    count = args.count or (200 if args.seconds <= 10 else 50)
+    return ruler, paper_task(ruler, args.musiccaps, args.clips, args.seconds, count, codec)
+
+
+def main():
+    args = parse_arguments()
+    torch.manual_seed(0)
+    if args.command:
+        return COMMANDS[args.command](args)
+    args.systems = args.systems or [str(SHIPPED.relative_to(toy.ROOT))]
+    ruler, task = open_task(args)
+    rows, factor_rows = measure(args.systems, ruler, task)
+    about = f"{task.about}; {ruler.settings}. 95% intervals from a bootstrap over clips."
+    report(task.name, "Quality", rows, about)
+    if factor_rows:
+        about = "Systems: how often a factor that the prompt names is what the judge hears."
+        report(f"{task.name}-factors", "What was asked", factor_rows, about)
 
 
 if __name__ == "__main__":

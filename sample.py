@@ -47,7 +47,7 @@ def main(argv=None):
     config = read_config(folder)
     lm, encoder = load_checkpoint(folder), load_text_encoder(folder)
     codec = load_codec(config["codec"])
-    second = find_refiner(args, lm, codec)
+    second = None if args.no_refiner else find_refiner(lm, codec, args.refiner)
     sampling = {**config.get("sampling", {}), **given(args, "guidance temperature top_k top_p")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm.to(device), encoder.to(device)
@@ -171,17 +171,14 @@ def newest_checkpoint(refiner=False):
     return max(runs, key=lambda p: p.stat().st_mtime, default=shipped)
 
 
-def find_refiner(args, lm, codec):
-    """The folder of the second stage; None where there is nothing to refine, or none to do it."""
-    if args.no_refiner or lm.config.codebooks > 1:
+def find_refiner(lm, codec, folder=None):
+    """The folder of a second stage for this language model: the one given, else the newest of the
+    user's, else what ships; None where there is nothing to refine, or none to do it."""
+    if lm.config.codebooks > 1:
         return None
-    if args.refiner:
-        if (name := read_config(args.refiner).get("codec")) != codec.name:
-            raise ValueError(
-                f"{args.refiner} refines codes of {name}, the model's are {codec.name}"
-            )
-        return Path(args.refiner)
-    folder = newest_checkpoint(refiner=True)
+    if folder and (name := read_config(folder).get("codec")) != codec.name:
+        raise ValueError(f"{folder} refines codes of {name}, the model's are {codec.name}")
+    folder = Path(folder) if folder else newest_checkpoint(refiner=True)
     return folder if read_config(folder).get("codec") == codec.name else None
 
 

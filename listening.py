@@ -1,0 +1,159 @@
+"""The listening test: people give marks to music, without knowing whose it is.
+
+    python listening.py page mamba/ transformer/ --prompts prompts.txt --out test.html
+    python listening.py tally answers/
+
+`page` makes one web page that holds everything, audio included: send it to the listeners, who open
+it from disk, on a computer or a phone. A session has three questions, as in the paper (SSMTTM,
+IV-B): a prompt, one clip of each system under a letter, in an order drawn for each listener, and
+marks from 1 to 5 for consistency, alignment and overall quality. Prompts are drawn at random, never
+chosen. What was answered survives a reload, and is downloaded as JSON at the end. `tally` reads a
+folder of such files and prints mean ± standard deviation for each system.
+
+Systems are folders of 000.wav, 001.wav ... (clip NNN plays line NNN of the prompts, from 0). Their
+names stand nowhere in the page: it knows clips by codes, and the key to the codes is a file beside
+it, test.key.json, which stays at home.
+"""
+
+import argparse
+import base64
+import io
+import json
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+
+from codec import SAMPLE_RATE, read_audio
+from model import entry
+
+SCALES = {  # the paper's definitions
+    "Consistency": "Does the music hang together, in detail and as a whole: melody, rhythm, form?",
+    "Alignment": "Is what the text describes (instruments, tempo, mood, style) what you hear?",
+    "Overall": "How musical, natural and pleasant to listen to is it?",
+}
+QUESTIONS = 3  # in a session
+
+
+def make_page(systems, prompts, out, count=24):
+    """systems: folders; prompts: lines of text; at most `count` prompts drawn at random enter the
+    page. -> Writes OUT and OUT's key. Every listener's browser draws three of them."""
+    if len(systems) < 2 or len({Path(s).name for s in systems}) < len(systems):
+        raise ValueError("a listening test compares two or more folders of different names")
+    clips = {}
+    for system in systems:
+        files = {int(p.stem): p for p in Path(system).glob("*.*") if p.stem.isdigit()}
+        clips[Path(system).name] = files
+    shared = [i for i in range(len(prompts)) if all(i in files for files in clips.values())]
+    if len(shared) < QUESTIONS:
+        raise ValueError(
+            f"the folders share clips of {len(shared)} prompts, and a session asks {QUESTIONS}:"
+            " clip NNN.wav plays line NNN (from 0) of the prompts"
+        )
+    rng = np.random.default_rng()
+    chosen = sorted(rng.permutation(shared)[:count].tolist())
+    key, questions = {}, []
+    for i in chosen:
+        codes = {}
+        for name in rng.permutation(sorted(clips)):
+            code = secrets.token_hex(6)
+            key[code] = dict(system=str(name), prompt=i)
+            codes[code] = as_ogg(clips[name][i])
+        questions.append(dict(prompt=prompts[i], clips=codes))
+    test = dict(id=secrets.token_hex(4), scales=SCALES, questions=questions, perSession=QUESTIONS)
+    data = json.dumps(test).replace("</", "<\\/")  # no caption can close the script
+    page = (Path(__file__).parent / "listening.html").read_text(encoding="utf-8")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in (
+        (out, page.replace("/*TEST*/null", data)),
+        (out.with_suffix(".key.json"), json.dumps(dict(id=test["id"], clips=key), indent=1)),
+    ):
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    return len(questions)
+
+
+def as_ogg(path):
+    """Audio as a data address, in Ogg Vorbis and all at one loudness: louder is not better."""
+    import soundfile
+
+    audio = read_audio(path)[0].numpy()
+    audio = audio * (0.08 / max(float(np.sqrt(np.mean(audio**2))), 1e-6))
+    audio = audio / max(1.0, float(np.abs(audio).max()))
+    memory = io.BytesIO()
+    with soundfile.SoundFile(memory, "w", SAMPLE_RATE, 1, format="OGG") as file:
+        for start in range(0, len(audio), SAMPLE_RATE):  # libsndfile fails on one large write
+            file.write(audio[start : start + SAMPLE_RATE])
+    return "data:audio/ogg;base64," + base64.b64encode(memory.getvalue()).decode()
+
+
+def tally(folder, key=None):
+    """Answers (JSON files in `folder`), the page's key -> {system: {scale: marks}}, listeners."""
+    files = sorted(Path(folder).glob("*.json"))
+    keys = [Path(key)] if key else [f for f in files if f.name.endswith(".key.json")]
+    answers = [f for f in files if not f.name.endswith(".key.json")]
+    if not keys or not answers:
+        raise ValueError(
+            f"{folder} needs the listeners' answers and the page's key (NAME.key.json), or --key"
+        )
+    codes = {}
+    for path in keys:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        codes |= {(known["id"], code): clip["system"] for code, clip in known["clips"].items()}
+    marks, listeners = {}, set()
+    for path in answers:
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+            found = [
+                (codes[given["test"], a["clip"]], scale, mark)
+                for a in given["answers"]
+                for scale, mark in a["marks"].items()
+            ]
+            if any(scale not in SCALES or mark not in (1, 2, 3, 4, 5) for _, scale, mark in found):
+                raise ValueError("a mark that is no number from 1 to 5")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not an answer to this page ({error!r})") from None
+        if given["listener"] in listeners:
+            continue  # the same session, sent twice
+        listeners.add(given["listener"])
+        for system, scale, mark in found:
+            marks.setdefault(system, {s: [] for s in SCALES})[scale].append(mark)
+    return marks, len(listeners)
+
+
+def table(marks, listeners):
+    lines = [f"| {listeners} listeners | {' | '.join(SCALES)} | clips |", "|---" * 5 + "|"]
+    for system, scales in sorted(marks.items(), key=lambda m: -np.mean(m[1]["Overall"])):
+        cells = [f"{np.mean(s):.2f} ± {np.std(s, ddof=len(s) > 1):.2f}" for s in scales.values()]
+        lines.append(f"| {system} | {' | '.join(cells)} | {len(scales['Overall'])} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("page", help="make the page")
+    c.add_argument("systems", nargs="+", help="folders of 000.wav, 001.wav ...")
+    c.add_argument("--prompts", required=True, help="text file, one prompt a line")
+    c.add_argument("--count", type=int, default=24, help="prompts in the page, at most [24]")
+    c.add_argument("--out", default="listening-test.html")
+    c = commands.add_parser("tally", help="mean and standard deviation of the answers")
+    c.add_argument("folder", help="the listeners' JSON files, and the key")
+    c.add_argument("--key", help="NAME.key.json, if it is elsewhere")
+    args = parser.parse_args()
+    if args.command == "tally":
+        return print(table(*tally(args.folder, args.key)))
+    prompts = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    count = make_page(args.systems, prompts, args.out, args.count)
+    print(
+        f"{args.out}: {count} prompts; keep {Path(args.out).with_suffix('.key.json')} to yourself"
+    )
+
+
+if __name__ == "__main__":
+    entry(main)
