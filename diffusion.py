@@ -331,7 +331,8 @@ def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, g
     text = pooled(encoder, captions)
     found = refiner(x, t, coarse, text, draw(B) >= sketch_dropout)
     # The coarser a codebook, the farther apart its entries, and the more of the sound it decides:
-    # by this its errors count.
+    # by this its errors count. Squares, because their minimum is the mean, as the sampler needs it;
+    # the median, which absolute errors lead to, makes music that is too calm.
     weight = 1 / refiner.scale[1:].flatten(0, 1)  # (C, 1)
     error = (found.float() - v).square() * (weight / weight.mean())
     return (error * real).sum() / (real.sum() * x0.shape[1])

@@ -248,7 +248,7 @@ def test_vocals_are_taken_out_and_the_rest_keeps_its_level(demucs):
 )
 def test_a_missing_model_is_one_sentence_with_the_cure(monkeypatch, make, sentence):
     monkeypatch.setitem(sys.modules, "demucs", None)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=sentence) as error:
         make()
     assert "\n" not in str(error.value)

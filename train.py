@@ -209,7 +209,7 @@ def main(argv=None):
                 sys.exit(130)
 
     plot(log, run / "loss.png")
-    unit = "|v error|" if refining else "nats per token"
+    unit = "squared error of v" if refining else "nats per token"
     print(f"{run}: best validation loss {best:.3f} {unit}; curve in {run}/loss.png")
     import sample
 
@@ -383,7 +383,8 @@ def named_parameters(lm, encoder):
 def validate(model, encoder, codec, clips, describe, config, device):
     """Losses over whole clips with the right captions, with another clip's, with none; and under a
     second name where the text is all there is to go by. Of a language model, nats per token, and
-    those of the clips' first second ("1s"); of the refiner, |v error|, and without the sketch."""
+    those of the clips' first second ("1s"); of the refiner, the squared error of v, and the same
+    without the sketch ("blind")."""
     model.eval(), encoder.eval()
     count, second = min(config.valid_clips, len(clips)), round(FRAME_RATE)
     rows = range(count)
@@ -506,7 +507,8 @@ def plot(log, path):
         for kind, color in (("right", "C0"), ("shuffled", "C1"), ("empty", "C2")):
             points = [(r["step"], r[kind + suffix]) for r in log.rows if kind + suffix in r]
             axis.plot(*zip(*points), "o-", color=color, ms=3, label=f"validation, {kind} captions")
-        axis.set(title=title, xlabel="step", ylabel="|v error|" if refining else "nats per token")
+        unit = "squared error of v" if refining else "nats per token"
+        axis.set(title=title, xlabel="step", ylabel=unit)
         axis.legend()
     worst = max(r[kind] for r in log.rows for kind in ("right", "shuffled", "empty") if kind in r)
     axes[0].set_ylim(top=1.1 * worst)  # the first steps' losses would flatten all the others
