@@ -284,11 +284,20 @@ class ToyCodec(nn.Module):
         """codes (B, k, T) -> (B, k, 8, T), the codebook entries"""
         return torch.stack([e[c].mT for e, c in zip(self.entries, codes.unbind(1))], 1)
 
-    def nearest(self, vectors, first=0):
-        """vectors (B, k, 8, T) of the codebooks from `first` on (from 0) -> codes (B, k, T)"""
-        pairs = zip(vectors.unbind(1), self.entries[first:])
-        found = [nearest_entry(v.mT.flatten(0, 1), e).view(len(v), -1) for v, e in pairs]
-        return torch.stack(found, 1)
+    def snap(self, vectors, first=0):
+        """vectors (B, k, 8, T) of the codebooks from `first` on (from 0) -> codes (B, k, T).
+
+        Each vector takes its nearest entry, after what the levels before have rounded away was
+        added to it, as in encoding: rounding each level by itself, vectors that follow a held note
+        smoothly would become entries that jump to and fro, and the errors of all levels would add.
+        """
+        lost, codes = 0, []  # (B, T, D)
+        levels = zip(self.into[first:], self.entries[first:], self.out[first:])
+        for vector, (into, entries, out) in zip(vectors.unbind(1), levels):
+            wanted = vector.mT + lost @ into if codes else vector.mT  # (B, T, 8)
+            codes.append(nearest_entry(wanted.flatten(0, 1), entries).view(wanted.shape[:2]))
+            lost = lost + neighbours(vector.mT - entries[codes[-1]]) @ out
+        return torch.stack(codes, 1)
 
     def from_codes(self, codes):
         """codes (B, k, T) of the k leading codebooks -> z (B, D, T), dB in each band"""
@@ -445,10 +454,10 @@ class DACCodec(nn.Module):
     def encode(self, audio):  # (B, S) -> (B, 9, T)
         audio = F.pad(audio, (0, -audio.shape[-1] % HOP))
         residual, codes = self.model.encoder(audio[:, None]), []  # (B, hidden, T)
-        for i, quantizer in enumerate(self.quantizers):
-            codes.append(self.nearest(quantizer.in_proj(residual)[:, None], first=i))
-            residual = residual - quantizer.out_proj(self._entry(quantizer, codes[-1][:, 0]))
-        return torch.cat(codes, 1)
+        for quantizer in self.quantizers:
+            codes.append(self._nearest(quantizer.in_proj(residual), quantizer))
+            residual = residual - quantizer.out_proj(self._entry(quantizer, codes[-1]))
+        return torch.stack(codes, 1)
 
     def _entry(self, quantizer, code):  # (B, T) -> (B, 8, T)
         return F.embedding(code, quantizer.codebook.weight).mT
@@ -457,10 +466,24 @@ class DACCodec(nn.Module):
         pairs = zip(self.quantizers, codes.unbind(1))
         return torch.stack([self._entry(quantizer, code) for quantizer, code in pairs], 1)
 
-    def nearest(self, vectors, first=0):  # (B, k, 8, T) -> (B, k, T); DAC compares directions
-        pairs = zip(vectors.unbind(1), self.quantizers[first:])
-        similar = [F.normalize(q.codebook.weight) @ F.normalize(v, dim=1) for v, q in pairs]
-        return torch.stack([s.argmax(1) for s in similar], 1)
+    def _nearest(self, vector, quantizer):  # (B, 8, T) -> (B, T); DAC compares directions
+        entries = F.normalize(quantizer.codebook.weight)
+        return (entries @ F.normalize(vector, dim=1)).argmax(1)
+
+    @torch.no_grad()
+    def snap(self, vectors, first=0):  # (B, k, 8, T) -> (B, k, T), as the toy codec does it
+        lost, codes = None, []  # (B, hidden, T)
+        for vector, quantizer in zip(vectors.unbind(1), self.quantizers[first:]):
+            wanted = vector
+            if codes:  # in_proj without its bias
+                wanted = (
+                    vector + quantizer.in_proj(lost) - quantizer.in_proj(torch.zeros_like(lost))
+                )
+            codes.append(self._nearest(wanted, quantizer))
+            entry = self._entry(quantizer, codes[-1])
+            error = quantizer.out_proj(vector) - quantizer.out_proj(entry)
+            lost = error if lost is None else lost + error
+        return torch.stack(codes, 1)
 
     @torch.no_grad()
     def from_codes(self, codes):  # (B, k, T) -> (B, hidden, T)

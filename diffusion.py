@@ -76,7 +76,8 @@ from model import (
 # al., SSMTTM [46]), which forgets its old errors in the fresh noise, and wants every step.
 #
 # The network's x_0 is a mean over all that it thinks possible, so at large t it is blurred, and
-# grows sharp as x_t does. At the end every vector snaps to the nearest entry of its codebook.
+# grows sharp as x_t does. At the end every vector snaps to an entry of its codebook (`snap`, in
+# codec.py).
 
 
 def cosine_schedule(T, s=0.008, most=0.999):
@@ -303,9 +304,9 @@ class Refiner(nn.Module):
         return fine, vectors[:, 0]
 
     def snap(self, codec, x0):
-        """x_0 (B, C, L) -> codes 2 ... K, (B, K - 1, L): each the nearest entry"""
+        """x_0 (B, C, L) -> codes 2 ... K, (B, K - 1, L): near entries, see codec.py"""
         vectors = x0.unflatten(1, (-1, self.config.code_dim)) / self.scale[1:]
-        return codec.nearest(vectors, first=1)
+        return codec.snap(vectors, first=1)
 
 
 def pooled(encoder, captions):

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from metrics import frechet_distance, interval
 from tqdm import trange
 
 import toy
@@ -30,6 +29,7 @@ from codec import load_codec, mel_distance
 from data import Clips
 from diffusion import load_refiner, refine
 from evaluate import RESULTS, report
+from metrics import frechet_distance, interval
 from model import entry, load_text_encoder, read_config
 from sample import SHIPPED_REFINER
 
@@ -65,7 +65,9 @@ def measure(name, codec, audio, true, codes, seconds=None):
     cells["mel distance, dB"] = np.mean(mel), interval(np.array(mel))
     for column, reference in (("FD, nine codebooks", nine), ("FD, rendered", rendered)):
         value = frechet_distance(frames(mine), frames(reference))
-        cells[column] = value, (value, value)
+        draws = np.random.default_rng(0).integers(len(mine), size=(50, len(mine)))
+        drawn = [frechet_distance(frames(mine[d]), frames(reference[d])) for d in draws]
+        cells[column] = value, tuple(np.percentile(drawn, [2.5, 97.5]))
     flux = lambda z: z.diff(dim=2).abs().mean((1, 2))  # (B,)
     ratio = (flux(mine) / flux(nine)).numpy()
     cells["flux"] = (flux(mine).mean() / flux(nine).mean()).item(), interval(ratio)
@@ -74,8 +76,8 @@ def measure(name, codec, audio, true, codes, seconds=None):
         for k in (0, 1):
             cells[f"code {k + 2} right"] = right[:, k].mean(), interval(right[:, k])
         cells["codes 2-9 right"] = right.mean(), interval(right.mean(1))
-    if seconds is not None:
-        cells["seconds a clip"] = seconds, (seconds, seconds)
+    if seconds:
+        cells["seconds a clip"] = np.mean(seconds), interval(np.array(seconds))
     return name, cells
 
 
@@ -132,11 +134,12 @@ def main():
         options = dict(steps=25) | read_config(folder).get("sampling", {})
         for steps in args.steps or [options["steps"]]:
             options["steps"] = steps
-            name, started, made = f"{folder}, {steps} steps", time.time(), []
+            name, seconds, made = f"{folder}, {steps} steps", [], []
             for i in trange(count, desc=name, disable=None, leave=False):
+                started = time.time()
                 pieces = refine(refiner, encoder, codec, captions[i], [true[i, :1]], i, **options)
                 made.append(torch.cat([*pieces], 1))
-            seconds = (time.time() - started) / count
+                seconds.append(time.time() - started)
             rows.append(measure(name, codec, audio, true, torch.stack(made), seconds))
             if folder == folders[0] and len(shown) == 1:
                 shown.append((name, codec.from_codes(torch.stack(made))))

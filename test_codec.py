@@ -18,6 +18,8 @@ from codec import (
     load_codec,
     mel_distance,
     mel_spectrogram,
+    nearest_entry,
+    neighbours,
     read_audio,
     write_audio,
 )
@@ -114,11 +116,32 @@ def test_fit_encode_and_decode_are_deterministic(toy, held_out):
     assert torch.equal(first, toy.decode(toy.from_codes(codes)))
 
 
-def test_nearest_undoes_vectors(toy, random_dac, held_out):
+def test_snap_undoes_vectors(toy, random_dac, held_out):
     for one in (toy, DACCodec(random_dac)):
         codes = one.encode(held_out[:, :20000])
         noisy = one.vectors(codes)[:, 2:] * 1.0001
-        assert torch.equal(one.nearest(noisy, first=2), codes[:, 2:])
+        assert torch.equal(one.snap(noisy, first=2), codes[:, 2:])
+
+
+def test_snap_makes_up_in_later_levels_for_what_earlier_ones_round_away(toy, held_out):
+    codes = toy.encode(held_out[:, :40000])
+    shifted = toy.vectors(codes)
+    shifted[:, 1:] += 3 * torch.randn(
+        shifted[:, 1:].shape, generator=torch.Generator().manual_seed(0)
+    )
+    wanted = toy.from_codes(codes[:, :1]) - toy.mean[:, None]
+    for vectors, out in zip(shifted[:, 1:].unbind(1), toy.out[1:]):
+        wanted = wanted + (neighbours(vectors.mT) @ out).mT
+    alone = [
+        nearest_entry(v.mT.flatten(0, 1), e).view(len(v), -1)
+        for v, e in zip(shifted[:, 1:].unbind(1), toy.entries[1:])
+    ]
+    error = lambda fine: (
+        (toy.from_codes(torch.cat([codes[:, :1], fine], 1)) - toy.mean[:, None] - wanted)
+        .square()
+        .mean()
+    )
+    assert error(toy.snap(shifted[:, 1:], first=1)) < 0.9 * error(torch.stack(alone, 1))
 
 
 def test_stream_gives_the_same_bytes_however_it_is_cut(toy):

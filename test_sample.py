@@ -116,7 +116,7 @@ def test_a_prompt_longer_than_the_encoder_takes_is_cut_with_a_word(tmp_path):
 
 
 def test_memory_does_not_grow_with_length(tmp_path):
-    """Peak memory of a child process, for half a minute against eleven seconds, which fill a window."""
+    """Peak memory of a child process: half a minute against eleven seconds, which fill a window."""
     peaks = []
     for seconds in (11, 30):
         command = [sys.executable, str(ROOT / "sample.py"), "jazz", "--out", "x.wav"]
