@@ -557,7 +557,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("systems", nargs="*", help="checkpoints, folders of 000.wav ..., musicgen-small; before "
         "them, perhaps one of " + ", ".join(COMMANDS))  # fmt: skip
-    add("--count", type=int, help="prompts [64; with --musiccaps 200, or 50 beyond 10 seconds]")
+    add("--count", type=int, help="prompts [32; with --musiccaps 200, or 50 beyond 10 seconds]")
     add("--musiccaps", metavar="CSV", help="the paper's protocol, with its networks")
     add("--clips", metavar="FOLDER", help="... and the clips of that table")
     add("--seconds", type=float, default=10.0, help="length of a clip, with --musiccaps [10]")
@@ -585,7 +585,7 @@ def open_task(args):
     codec = load_codec(read_config(checkpoints[0])["codec"] if checkpoints else "toy")
     if not args.musiccaps:
         judge = load_judge()
-        return judge, toy_task(judge, args.count or 64, codec)
+        return judge, toy_task(judge, args.count or 32, codec)
     import embedders
 
     ruler = embedders.PaperRuler(args.clap or embedders.CLAP_NAME, args.kl_average)

@@ -17,6 +17,7 @@ Needs FluidSynth, to render the held-out clips. Writes results/refiner.md, .csv 
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def main():
         options = dict(steps=25) | read_config(folder).get("sampling", {})
         for steps in args.steps or [options["steps"]]:
             options["steps"] = steps
-            name, seconds, made = f"{folder}, {steps} steps", [], []
+            name, seconds, made = f"{os.path.relpath(folder)}, {steps} steps", [], []
             for i in trange(count, desc=name, disable=None, leave=False):
                 started = time.time()
                 pieces = refine(refiner, encoder, codec, captions[i], [true[i, :1]], i, **options)
