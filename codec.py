@@ -472,17 +472,13 @@ class DACCodec(nn.Module):
 
     @torch.no_grad()
     def snap(self, vectors, first=0):  # (B, k, 8, T) -> (B, k, T), as the toy codec does it
-        lost, codes = None, []  # (B, hidden, T)
+        linear = lambda layer, v: layer(v) - layer.bias[:, None]  # differences have no bias
+        lost, codes = 0, []  # (B, hidden, T)
         for vector, quantizer in zip(vectors.unbind(1), self.quantizers[first:]):
-            wanted = vector
-            if codes:  # in_proj without its bias
-                wanted = (
-                    vector + quantizer.in_proj(lost) - quantizer.in_proj(torch.zeros_like(lost))
-                )
+            wanted = vector + linear(quantizer.in_proj, lost) if codes else vector
             codes.append(self._nearest(wanted, quantizer))
-            entry = self._entry(quantizer, codes[-1])
-            error = quantizer.out_proj(vector) - quantizer.out_proj(entry)
-            lost = error if lost is None else lost + error
+            error = vector - self._entry(quantizer, codes[-1])
+            lost = lost + linear(quantizer.out_proj, error)
         return torch.stack(codes, 1)
 
     @torch.no_grad()

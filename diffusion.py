@@ -309,13 +309,6 @@ class Refiner(nn.Module):
         return codec.snap(vectors, first=1)
 
 
-def pooled(encoder, captions):
-    """-> (B, d_text), the mean over a caption's tokens; of the empty string that of </s> alone."""
-    text, mask = encoder(captions)
-    mask = mask[..., None].to(text.dtype)
-    return (text * mask).sum(1) / mask.sum(1)
-
-
 def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, generator=None):
     """Mean (v - prediction)^2 at random times (B,), for codes (B, K, L) and their captions; the
     captions that are to be dropped are empty already, the sketch is dropped here."""
@@ -329,7 +322,7 @@ def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, g
     a = refiner.schedule[t].sqrt().float()[:, None, None]
     b = (1 - refiner.schedule[t]).sqrt().float()[:, None, None]
     x, v = turn(x0, noise, a, b)
-    text = pooled(encoder, captions)
+    text = encoder.pooled(captions)
     found = refiner(x, t, coarse, text, draw(B) >= sketch_dropout)
     # The coarser a codebook, the farther apart its entries, and the more of the sound it decides:
     # by this its errors count. Squares, because their minimum is the mean, as the sampler needs it;
@@ -363,7 +356,7 @@ def refine(
     see `denoise`. The same codes, prompt and seed give the same codes, to the last bit.
     """
     device, windows = refiner.out.weight.device, 0
-    text = pooled(encoder, [prompt, ""])
+    text = encoder.pooled([prompt, ""])
     # The codes of the frames in the window: the coarse so far, the fine of the finished ones.
     heard = torch.empty(refiner.config.codebooks, 0, dtype=torch.long) if heard is None else heard
     coarse, fine = heard[:1, -KNOWN:], heard[1:, -KNOWN:]
@@ -398,6 +391,11 @@ def refine(
             )
             yield torch.cat([coarse[:, begun:end], made[:, begun:end]])
             coarse, fine = coarse[:, max(0, end - KNOWN) :], made[:, max(0, end - KNOWN) : end]
+
+
+def is_refiner(config) -> bool:
+    """Whether a checkpoint's config.json, as `read_config` gives it, is that of a refiner."""
+    return "backbone" in config.get("model", {})
 
 
 def load_refiner(folder) -> Refiner:

@@ -193,15 +193,9 @@ class Judge(nn.Module):
         self.say = nn.Linear(self.reader.d_text, D)
         self.scale = nn.Parameter(torch.tensor(2.7))  # log of the softmax's inverse temperature
 
-    @torch.no_grad()
-    def words(self, captions):
-        """captions -> (B, d_text), the mean of what the text encoder says of their tokens"""
-        text, mask = self.reader(captions)
-        return (text * mask[..., None]).sum(1) / mask.sum(1, True)
-
     def read(self, captions):
         """captions -> embeddings (B, D), unit vectors"""
-        return F.normalize(self.say(self.words(captions)), dim=1)
+        return F.normalize(self.say(self.reader.pooled(captions)), dim=1)
 
     @torch.inference_mode()
     def listen(self, clips):
@@ -300,7 +294,7 @@ def train(sounds, factors, steps=1500, batch=64, lr=2e-3, seed=0):
     judge.reader.requires_grad_(False).eval()
     captions = [toy.caption(f, rng) for _ in range(3) for f in factors]
     parts = trange(0, len(captions), 64, desc="reading", disable=None)
-    words = torch.cat([judge.words(captions[i : i + 64]) for i in parts])  # (3 N, d_text)
+    words = torch.cat([judge.reader.pooled(captions[i : i + 64]) for i in parts])  # (3 N, d_text)
     truth = answers(factors)
     learned = [p for p in judge.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr, weight_decay=0.05)

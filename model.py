@@ -614,6 +614,12 @@ class TextEncoder(nn.Module):
         mask = batch.attention_mask
         return self.encoder(input_ids=batch.input_ids, attention_mask=mask)[0], mask.bool()
 
+    def pooled(self, captions):
+        """-> (B, d_text), the mean over a caption's tokens; of the empty string that of </s>."""
+        text, mask = self(captions)
+        mask = mask[..., None].to(text.dtype)
+        return (text * mask).sum(1) / mask.sum(1)
+
 
 # ------------------------------------------------------------------------------------------------
 # 5  Sampling

@@ -47,16 +47,12 @@ def most_frequent(train, codes):
     return torch.cat([codes[:, :1], best[:, codes[:, 0]].transpose(0, 1)], 1)
 
 
-def measure(name, codec, audio, true, codes, seconds=None):
-    """-> (name, {column: (value, interval)}) of codes (B, k, L) for clips with true ones (B, 9, L)
-    and audio (B, S)"""
+def measure(name, codec, audio, rendered, true, codes, seconds=None):
+    """-> (name, {column: (value, interval)}) of codes (B, k, L) for clips with true ones (B, 9, L),
+    audio (B, S) and its log-band frames (B, D, L)"""
     cells = {}
     with torch.inference_mode():
-        rendered, nine, mine = (
-            codec.features(audio).mT,
-            codec.from_codes(true),
-            codec.from_codes(codes),
-        )  # (B, D, L)
+        nine, mine = codec.from_codes(true), codec.from_codes(codes)  # (B, D, L)
         bar = trange(len(codes), desc=f"{name}, decoding", disable=None, leave=False)
         mel = [
             mel_distance(audio[i : i + 1], codec.decode(codec.from_codes(codes[i : i + 1])))
@@ -126,8 +122,9 @@ def main():
         toy.caption(valid.rows[i]["factors"], np.random.default_rng([17, i])) for i in range(count)
     ]
 
-    rows = [measure("codebook 1 alone", codec, audio, true, true[:, :1])]
-    rows.append(measure("most frequent", codec, audio, true, most_frequent(train, true)))
+    clips = codec, audio, codec.features(audio).mT, true
+    rows = [measure("codebook 1 alone", *clips, true[:, :1])]
+    rows.append(measure("most frequent", *clips, most_frequent(train, true)))
     shown = [("codebook 1", codec.from_codes(true[:, :1]))]
     folders = [Path(folder) for folder in args.refiners] or [SHIPPED_REFINER]
     for folder in folders:
@@ -141,10 +138,10 @@ def main():
                 pieces = refine(refiner, encoder, codec, captions[i], [true[i, :1]], i, **options)
                 made.append(torch.cat([*pieces], 1))
                 seconds.append(time.time() - started)
-            rows.append(measure(name, codec, audio, true, torch.stack(made), seconds))
+            rows.append(measure(name, *clips, torch.stack(made), seconds))
             if folder == folders[0] and len(shown) == 1:
                 shown.append((name, codec.from_codes(torch.stack(made))))
-    rows.append(measure("nine true codebooks", codec, audio, true, true))
+    rows.append(measure("nine true codebooks", *clips, true))
     about = f"{count} held-out clips of 10 s; {torch.get_num_threads()} threads."
     report("refiner", "The second stage, from true first codebooks", rows, about)
     picture(RESULTS / "refiner.png", [*shown, ("nine codebooks", codec.from_codes(true))])

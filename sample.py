@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import ssd_kernel
 from codec import Picture, decode_stream, load_codec, read_audio
-from diffusion import load_refiner, refine
+from diffusion import is_refiner, load_refiner, refine
 from model import entry, generate, load_checkpoint, load_text_encoder, read_config
 
 ROOT = Path(__file__).parent
@@ -72,7 +72,6 @@ def main(argv=None):
     if args.continue_file:
         heard = codec.encode(read_audio(args.continue_file))  # (1, 9, T)
         known = heard[:, : lm.config.codebooks, -lm.config.trained_frames :]
-    if known is not None:
         known = known.expand(len(jobs), -1, -1)
     blocks = generate(
         lm, encoder, [p for p, _ in jobs], frames, [s for _, s in jobs],
@@ -166,7 +165,7 @@ def read_prompts(args):
 def newest_checkpoint(refiner=False):
     """best/ of the user's newest run (of a refiner, or of a language model), else what ships."""
     runs = [p.parent for p in Path("out").glob("*/best/config.json")]
-    runs = [run for run in runs if ("backbone" in read_config(run).get("model", {})) == refiner]
+    runs = [run for run in runs if is_refiner(read_config(run)) == refiner]
     shipped = SHIPPED_REFINER if refiner else SHIPPED
     return max(runs, key=lambda p: p.stat().st_mtime, default=shipped)
 

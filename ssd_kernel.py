@@ -39,6 +39,8 @@ v stands for x or dy, w for B or C; an index in a kernel (q, r, s, p, n) is a ve
 
 from __future__ import annotations  # the kernels name types of Triton, which may be missing
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -542,6 +544,7 @@ def _(zxBCdt, conv, state, weight, bias, dt_bias, A_log, D, norm, eps):
     return zxBCdt.new_empty(state.shape[0], state.shape[1] * state.shape[2])
 
 
+@functools.cache  # asked by every layer at every step of decoding
 def obstacle(device):
     """Why the kernels cannot run on a device, in one line; None if they can."""
     if triton is None:

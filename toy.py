@@ -953,12 +953,12 @@ def ship(args):
     """Make a checkpoint the one that ships: in half precision, with its sampling options."""
     import torch
 
-    from diffusion import load_refiner
+    from diffusion import is_refiner, load_refiner
     from model import load_checkpoint, load_text_encoder, read_config, save_checkpoint
 
     config = read_config(args.checkpoint)
     kept = {k: config[k] for k in ("train", "step", "best", "codec")}
-    if "backbone" in config["model"]:
+    if is_refiner(config):
         load, folder, options = load_refiner, ROOT / "toy" / "refiner", ("steps", "guidance")
     else:
         load, folder = load_checkpoint, ROOT / "toy" / "lm"

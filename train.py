@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import ssd_kernel
 from codec import load_codec
 from data import Clips
-from diffusion import Refiner, RefinerConfig, load_refiner, refiner_loss
+from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss
 from model import (
     VARIANTS,
     LMConfig,
@@ -138,8 +138,10 @@ def main(argv=None):
 
     def save(name):
         extra = dict(train=asdict(config), step=step, best=best, codec=train.meta["codec"])
-        files = {"trainer.safetensors": trainer_state(lm, encoder, optimizer, ema)}
-        save_checkpoint(run / name, kept, encoder, extra, files if name == "last" else None)
+        files = None
+        if name == "last":
+            files = {"trainer.safetensors": trainer_state(lm, encoder, optimizer, ema)}
+        save_checkpoint(run / name, kept, encoder, extra, files)
 
     def loss_of(codes, captions):
         if refining:
@@ -243,7 +245,7 @@ def parse_arguments(argv):
     pick = lambda kind: kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
     if args.resume:
         saved = read_config(Path(args.resume) / "last")
-        kind = RefinerConfig if "backbone" in saved["model"] else LMConfig
+        kind = RefinerConfig if is_refiner(saved) else LMConfig
         return kind(**saved["model"]), TrainConfig(**saved["train"]), Path(args.resume)
     model, config = pick(kind), pick(TrainConfig)
     if config.init_from:
