@@ -27,9 +27,10 @@ REPHRASER = "meta-llama/Meta-Llama-3-8B-Instruct"
 # ------------------------------------------------------------------------------------- words ----
 
 VOCALS = re.compile(
-    r"\b(vocal\w*|voices?|voiced|sing|sings|singing|singers?|sung|songstress|lyric\w*|choirs?"
+    r"\b(vocal\w*|voices?|voiced|sing|sings|singing|singers?|sang|sung|songstress|lyric\w*|choirs?"
     r"|choral|chant\w*|rap|raps|rapping|rappers?|rapped|a ?cappella|acapella|humming|hums|hummed"
-    r"|yodel\w*|scatting|croon\w*|falsetto|beatbox\w*|spoken|narrat\w*|whisper\w*|shout\w*|speech)\b",
+    r"|yodel\w*|scatting|croon\w*|falsetto|beatbox\w*|spoken|speak\w*|speech|talk\w*|narrat\w*"
+    r"|whisper\w*|shout\w*|scream\w*|opera\w*|(soprano|tenor|baritone)(?! sax))\b",
     re.I,
 )
 

@@ -310,14 +310,19 @@ class Refiner(nn.Module):
 
 
 def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, generator=None):
-    """Mean (v - prediction)^2 at random times (B,), for codes (B, K, L) and their captions; the
-    captions that are to be dropped are empty already, the sketch is dropped here."""
+    """Mean (v - prediction)^2 at random times, most of them noisy, for codes (B, K, L) and their
+    captions; those to be dropped are empty already, the sketch is dropped here."""
     config, B = refiner.config, len(codes)
     real = (codes[:, :1] != config.codebook_size).to(torch.float32)  # (B, 1, L); the rest: padding
     device = codes.device
     draw = lambda *shape: torch.rand(*shape, generator=generator).to(device)
     x0, coarse = refiner.signal(codec, codes.clamp(max=config.codebook_size - 1))
-    t = (draw(B) * config.timesteps).long() + 1
+    # Times spread evenly over the batch, and dense in the noise, as t^2. There, where one frame
+    # tells nothing and only many together do, it is decided what the music will be; what the
+    # network has not learned there comes out as a sample too near the mean. Little is to be learned
+    # from little noise, for the vectors snap to codes anyhow.
+    u = (draw(B) + torch.arange(B, device=device)) / B
+    t = (config.timesteps * u ** (1 / 3)).long().clamp(max=config.timesteps - 1) + 1
     noise = torch.randn(x0.shape, generator=generator).to(device)
     a = refiner.schedule[t].sqrt().float()[:, None, None]
     b = (1 - refiner.schedule[t]).sqrt().float()[:, None, None]

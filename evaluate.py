@@ -40,8 +40,9 @@ from tqdm import tqdm
 
 import figures
 import toy
+from captions import mentions_vocals
 from codec import load_codec, mel_spectrogram, read_audio, write_audio
-from data import AUDIO, Clips
+from data import Clips
 from diffusion import load_refiner, refine
 from judge import heard_in_real_clips, load_judge, right
 from metrics import (
@@ -56,6 +57,7 @@ from metrics import (
 )
 from model import entry, generate, load_checkpoint, load_text_encoder, read_config
 from sample import SHIPPED, find_refiner, newest_checkpoint
+from sources import AUDIO, musiccaps_files, read_musiccaps
 
 CACHE = Path("out/eval")
 RESULTS = Path("results")
@@ -188,12 +190,6 @@ def through_codec(codes, codec, name):
 #   again      {prompt number of the set "again": group}, several samples of one prompt
 
 SAMPLES = 4  # of one prompt, for diversity
-VOCAL = re.compile(
-    r"\b(vocal\w*|voices?|voiced|sing|sings|singing|singers?|sung|sang|rap|raps|rapping|rappers?|"
-    r"choirs?|choral|lyrics?|humming|hums|chant\w*|yodel\w*|beatbox\w*|a ?cappella|spoken|speech|"
-    r"speak\w*|talk\w*|narrat\w*|whisper\w*|shout\w*|scream\w*|soprano|tenor|baritone|falsetto|"
-    r"opera\w*)\b", re.I
-)  # fmt: skip
 
 
 def toy_task(judge, count, codec):
@@ -232,23 +228,17 @@ def toy_task(judge, count, codec):
 def musiccaps(table, folder, seconds, count, seed=0):
     """The paper's choice of MusicCaps: captions without vocal terms, and of those a seeded choice.
 
-    table: musiccaps-public.csv (columns ytid and caption); folder: audio files whose names contain
-    the ytid, as downloaders write them -> [(caption, file)]. Clips shorter than `seconds` are left
+    table: musiccaps-public.csv (columns ytid and caption); folder: audio files named by the ytid,
+    as downloaders write them -> [(caption, file)]. Clips shorter than `seconds` are left
     out (a little less is a rounding of the downloader's).
     """
     import soundfile
 
-    try:
-        with open(table, newline="", encoding="utf-8") as lines:
-            rows = [(r["ytid"], r["caption"].strip()) for r in csv.DictReader(lines)]
-    except (KeyError, UnicodeDecodeError):
-        raise ValueError(f"{table} is not MusicCaps: it needs columns ytid and caption") from None
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in AUDIO)
-    found = []
-    for ytid, caption in rows:
-        file = next((p for p in files if ytid in p.stem), None)
-        if file and not VOCAL.search(caption) and soundfile.info(file).duration > seconds - 0.1:
-            found.append((caption, file))
+    files, found = musiccaps_files(folder), []
+    for ytid, caption in read_musiccaps(table).items():
+        file = files.get(ytid)
+        if file and not mentions_vocals(caption) and soundfile.info(file).duration > seconds - 0.1:
+            found.append((caption, Path(file)))
     if len(found) < count:
         raise ValueError(
             f"{folder} holds {len(found)} clips of {seconds:g} s whose captions in {table} name no"

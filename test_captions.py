@@ -12,6 +12,7 @@ import torch
 
 import captions
 import data
+import sources
 from captions import LPMusicCaps, Rephraser, Separator, mentions_vocals, read_table
 from test_data import lines, tone, write_song
 
@@ -26,6 +27,10 @@ ROOT = Path(__file__).parent
         ("a choir and an organ", True),
         ("Rapping over a boom bap beat", True),
         ("No vocals, only strings", True),
+        ("Lyrics in French", True),
+        ("a soprano over strings", True),
+        ("tenor sax and a baritone saxophone", False),
+        ("A rapid single strings chorus effect in a classing key", False),
         ("The single has a passing bass", False),
         ("a rapid chorus of baritone saxophones, a trap beat", False),
         ("Using strings", False),
@@ -265,4 +270,4 @@ def test_the_whole_road_vocals_out_and_captions_by_models(tmp_path, demucs, capt
     assert row["caption"] and row["caption_from"] == f"{captioner}, {chat_model}"
     assert len(demucs) == 2, "each clip, once"
     (skipped,) = lines(tmp_path / "d/skipped.jsonl")
-    assert skipped["reason"] == data.VOCAL and skipped["path"].endswith("sung.wav")
+    assert skipped["reason"] == sources.VOCAL and skipped["path"].endswith("sung.wav")

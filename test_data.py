@@ -16,6 +16,7 @@ import pytest
 import soundfile
 
 import data
+import sources
 from codec import audio_blocks, resampled
 from data import Clips, Writer
 
@@ -524,7 +525,7 @@ def jamendo(tmp_path):
 
 
 def test_jamendos_table_is_read_with_all_its_tags(jamendo):
-    rows = data.read_jamendo(jamendo[0] / "data/raw_30s.tsv")
+    rows = sources.read_jamendo(jamendo[0] / "data/raw_30s.tsv")
     assert list(rows) == [775, 1729, 3524, 603752, 1082554, 1395508]
     assert rows[1082554] == dict(
         artist="artist_352844", album="album_128963", path="54/1082554.mp3", seconds=298.1,
@@ -532,15 +533,15 @@ def test_jamendos_table_is_read_with_all_its_tags(jamendo):
               "mood/theme---emotional", "mood/theme---sad"],
     )  # fmt: skip
     assert all(row["path"] == f"{n % 100:02}/{n}.mp3" for n, row in rows.items())
-    split = data.read_jamendo(jamendo[0] / "data/splits/split-0/autotagging-validation.tsv")
+    split = sources.read_jamendo(jamendo[0] / "data/splits/split-0/autotagging-validation.tsv")
     assert split[1082554] == rows[1082554], "no carriage return in the last tag"
     (jamendo[0] / "data/raw_30s.tsv").write_text(JAMENDO + "track_1\tartist_2\n")
     with pytest.raises(ValueError, match="raw_30s.tsv, line 8: expected TRACK_ID"):
-        data.read_jamendo(jamendo[0] / "data/raw_30s.tsv")
+        sources.read_jamendo(jamendo[0] / "data/raw_30s.tsv")
 
 
 def test_jamendos_splits_licences_and_exclusions(jamendo, tmp_path):
-    tracks = {t.about["track"]: t for t in data.jamendo_tracks(*jamendo, "", data.Options())}
+    tracks = {t.about["track"]: t for t in sources.jamendo_tracks(*jamendo, "", sources.Options())}
     reasons = {name: t.reason for name, t in tracks.items()}
     assert reasons["track_0003524"] == reasons["track_0603752"]
     assert "split-0's test set" in reasons["track_0003524"], "Song Describer is in there somewhere"
@@ -559,12 +560,14 @@ def test_jamendos_splits_licences_and_exclusions(jamendo, tmp_path):
         "caption_id,track_id,caption,is_valid_subset,familiarity,artist_id,album_id,path,duration\n"
         '859,603752,"loud, fast",True,0,2485,69778,52/603752.mp3,235.0\n'
     )
-    tracks = {t.about["track"]: t for t in data.jamendo_tracks(*jamendo, listed, data.Options())}
+    tracks = {
+        t.about["track"]: t for t in sources.jamendo_tracks(*jamendo, listed, sources.Options())
+    }
     assert tracks["track_0603752"].reason == "belongs to the Song Describer Dataset"
     assert not tracks["track_0003524"].reason and tracks["track_0003524"].about["split"] == "train"
     shutil.rmtree(jamendo[0] / "data/splits")
     with pytest.raises(ValueError, match="--song-describer"):
-        data.jamendo_tracks(*jamendo, "", data.Options())
+        sources.jamendo_tracks(*jamendo, "", sources.Options())
 
 
 def test_jamendo_without_any_model_makes_captions_from_tags(jamendo, tmp_path):
@@ -604,4 +607,4 @@ def test_musiccaps_are_chosen_by_seed_among_those_without_vocals(tmp_path):
         assert len(clips) == 4 and not any("sings" in row["caption"] for row in clips.rows)
     assert chosen[0] == chosen[1] != chosen[2]
     reasons = Counter(s["reason"].partition(" in ")[0] for s in lines(out / "skipped.jsonl"))
-    assert reasons == {data.VOCAL: 3, "has no audio": 1, "is not among the 4 chosen": 4}
+    assert reasons == {sources.VOCAL: 3, "has no audio": 1, "is not among the 4 chosen": 4}

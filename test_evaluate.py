@@ -349,14 +349,6 @@ def test_musiccaps_is_chosen_without_vocals_and_by_seed(tmp_path):
         evaluate.musiccaps(table, folder, 25.0, 1)
 
 
-@pytest.mark.parametrize(
-    "word", ["vocals", "singing", "voice", "rapping", "choir", "Lyrics", "sings"]
-)
-def test_vocal_terms(word):
-    assert evaluate.VOCAL.search(f"A song with {word}.")
-    assert not evaluate.VOCAL.search("A rapid single strings chorus effect in a classing key")
-
-
 def test_a_factor_counts_where_the_caption_names_it():
     factors = [
         dict(genre="jazz", rhythm=None, lead="saxophone", mood="sad", tempo=90, key="Eb minor")

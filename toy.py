@@ -609,6 +609,7 @@ FEW_WORDS = (
 {name}|{name}|{name} {noun}|{mood} {name}|{mood} {name}|{tempo} {name}|{lead} {name}|{name} {lead}
 {name} with {lead}|{tempo} {lead} {name}|{mood} {lead} {name}|{tempo} {mood} {name}|{name}, {mood}
 {mood} {tempo} {name}|{name} {number}|{name} at {number}|{name} in {key}|{mood} {name} {lead}
+{number} {name}|{mood} {name} at {number}|{lead} {name}, {number}|{name}, {number}
 """.strip()
     .replace("\n", "|")
     .split("|")
@@ -638,7 +639,7 @@ def adjectives_and_tails(factors: dict, w, rng, keep: float) -> tuple[str, list,
             )
     if rng.random() < keep:
         said.add("tempo")
-        if rng.random() < 0.5:
+        if rng.random() < 0.3:
             adjectives.append(w.tempo)
         else:
             at = [
@@ -688,7 +689,13 @@ def sentence(factors: dict, rng) -> str:
     if form < 0.6:  # "slow and calm jazz reggae with saxophone"
         return f"{adjectives} {name(factors, rng, False)}{tail}"
     if form < 0.8:  # "jazz reggae, calm, saxophone, 84 bpm"
-        tags = [w.mood, w.lead, pick(rng, [w.tempo, w.number]), w.key, re.sub("^an? ", "", w.beat)]
+        tags = [
+            w.mood,
+            w.lead,
+            pick(rng, [w.tempo, w.number, w.number]),
+            w.key,
+            re.sub("^an? ", "", w.beat),
+        ]
         tags = [t for t, p in zip(tags, (0.7, 0.7, 0.7, 0.3, 0.2)) if rng.random() < p]
         tags.insert(
             0 if rng.random() < 0.6 else int(rng.integers(len(tags) + 1)), name(factors, rng)
@@ -698,8 +705,8 @@ def sentence(factors: dict, rng) -> str:
         verb = pick(rng, ["plays", "carries", "takes", "improvises"])
         what = pick(rng, ["melody", "tune", "theme", "line"])
         where = pick(rng, ["groove", "beat", "backing", "track"])
-        tempo, mood = pick(rng, [w.tempo, ""]), pick(rng, [w.mood, w.mood, ""])
-        end = pick(rng, ["", "", f" at {w.number}" if not tempo else "", f" in {w.key}"])
+        tempo, mood = pick(rng, [w.tempo, "", ""]), pick(rng, [w.mood, w.mood, ""])
+        end = pick(rng, ["", *[f" at {w.number}" if not tempo else ""] * 2, f" in {w.key}"])
         return f"a {w.lead} {verb} a {mood} {what} over a {tempo} {name(factors, rng)} {where}{end}"
     thing = pick(rng, ["something", "music that is", "a piece that is"])
     tempo = f" and {w.tempo}" if rng.random() < 0.5 else ""
