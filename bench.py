@@ -2,6 +2,7 @@
 
     python bench.py kernel                 the SSD on a GPU: forward, backward, a step of decoding
     python bench.py kernel --device cpu    the PyTorch form on a CPU
+    python bench.py generate               seconds of audio a second, at the paper's size
 
 Every line of a table is a contender: ours, and those peers that are installed. Repeats are
 interleaved (a machine that gets warm slows all of them), the figures are medians, and beside them
@@ -25,7 +26,20 @@ import torch.nn.functional as F
 from torch import nn
 
 import ssd_kernel
-from model import LMConfig, Mamba2, MambaState, entry, ssd_chunked
+from model import (
+    VARIANTS,
+    KVCache,
+    LMConfig,
+    Mamba2,
+    MambaState,
+    MusicLM,
+    _stepper,
+    entry,
+    multiplies_bf16,
+    prepared,
+    sample_tokens,
+    ssd_chunked,
+)
 
 CUDA_SHAPES = {  # (B, L, H, P, N)
     "paper, 30 s": (4, 2600, 32, 64, 512),
@@ -327,6 +341,189 @@ def kernel(args):
         step_on_cuda(batch, args.repeats or 20, rates)
 
 
+# ------------------------------------------------------------------------------------------------
+# Generating: a language model of the paper's size, its weights random, writes first-codebook tokens
+# with guidance, so two rows a sample. No contender's step needs the music to be real: it is put at
+# the beginning, the middle and the end of a piece, with a state or a cache as large as it would be
+# there, and makes a few steps. Their times, integrated by Simpson's rule, are the whole piece's.
+
+TEXT = 16  # tokens of a prompt
+FRAME_RATE, MUSICGEN_RATE = 44100 / 512, 50  # frames a second
+
+
+def open_ours(variant, batch, frames, device):
+    """-> at(position): step(), and the bytes that a step at a position must read and write"""
+    torch.manual_seed(0)
+    with torch.device(device):
+        lm = MusicLM(LMConfig(variant=variant)).eval()
+    lm = prepared(lm, device)
+    half = torch.autocast(device, torch.bfloat16, multiplies_bf16(torch.device(device)), False)
+    weights = sum(p.numel() * p.element_size() for p in lm.blocks.parameters())
+    weights += sum(p.numel() * p.element_size() for p in lm.heads.parameters())
+    text = torch.randn(1, TEXT, 768, device=device).expand(2 * batch, -1, -1)
+    mask = torch.ones(2 * batch, TEXT, dtype=torch.bool, device=device)
+
+    def at(position):
+        with half:
+            logits, state = lm.prefill(text, mask, room=frames + 16)
+        state.position.add_(position)  # what the caches hold there is zeros, and takes as long
+        run = None
+        grown = sum(v.numel() * v.element_size() for layers in state.blocks for layer in layers
+                    for v in layer if isinstance(layer, KVCache))  # fmt: skip
+        fixed = sum(v.numel() * v.element_size() for layers in state.blocks for layer in layers
+                    for v in layer if isinstance(layer, MambaState))  # fmt: skip
+
+        def step():
+            nonlocal logits, run
+            conditional, unconditional = logits.chunk(2)
+            mixed = unconditional + 3 * (conditional - unconditional)
+            column = sample_tokens(mixed, torch.rand(batch, 1, device=device))
+            column = torch.cat([column, column])
+            with half:
+                run = run or _stepper(lm, column, state)
+                logits = run(column)
+
+        return step, weights + 2 * fixed + grown
+
+    return at
+
+
+def open_rereading(variant, batch, frames, device):
+    """As the authors' code does: all that there is so far, read anew for every token."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        lm = MusicLM(LMConfig(variant=variant)).eval()
+    lm = prepared(lm, device)
+    half = torch.autocast(device, torch.bfloat16, multiplies_bf16(torch.device(device)), False)
+    weights = sum(p.numel() * p.element_size() for p in lm.parameters())
+    text = torch.randn(2 * batch, TEXT, 768, device=device)
+    mask = torch.ones(2 * batch, TEXT, dtype=torch.bool, device=device)
+
+    def at(position):
+        codes = torch.randint(1024, (2 * batch, 1, position + 1), device=device)
+
+        def step():
+            with half:
+                conditional, unconditional = lm(codes, text, mask)[:, :, -1].chunk(2)
+            mixed = unconditional + 3 * (conditional - unconditional)
+            sample_tokens(mixed, torch.rand(batch, 1, device=device))
+
+        return step, weights
+
+    return at
+
+
+def open_musicgen(dtype, batch, frames, device):
+    """MusicGen-small's decoder in transformers: 50 frames a second, four codebooks a step."""
+    from transformers import DynamicCache, EncoderDecoderCache, MusicgenForCausalLM
+    from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
+
+    torch.manual_seed(0)
+    config = MusicgenDecoderConfig(use_cache=True)  # the defaults are MusicGen-small's
+    decoder = MusicgenForCausalLM(config).to(device, dtype).eval()
+    weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
+    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    text = torch.randn(2 * batch, TEXT, config.hidden_size, device=device, dtype=dtype)
+
+    def at(position):
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        grown = 0
+        if position:
+            for i in range(config.num_hidden_layers):
+                kv = torch.zeros(2, 2 * batch, heads, position, width, device=device, dtype=dtype)
+                cache.self_attention_cache.update(*kv, i)
+                grown += kv.numel() * kv.element_size()
+        ids = torch.zeros(2 * batch * config.num_codebooks, 1, dtype=torch.long, device=device)
+
+        def step():
+            nonlocal ids
+            logits = decoder(
+                ids, encoder_hidden_states=text, past_key_values=cache, use_cache=True
+            ).logits[:, -1].view(2 * batch, config.num_codebooks, -1)  # fmt: skip
+            conditional, unconditional = logits.chunk(2)
+            mixed = unconditional + 3 * (conditional - unconditional)
+            tokens = sample_tokens(
+                mixed, torch.rand(batch, config.num_codebooks, device=device), temperature=1.0
+            )
+            ids = torch.cat([tokens, tokens]).view(-1, 1)
+
+        return step, weights + grown
+
+    return at
+
+
+GENERATORS = {  # name: (how it is opened, frames a second)
+    **{v: (lambda *size, v=v: open_ours(v, *size), FRAME_RATE) for v in VARIANTS},
+    "MusicGen-small": (lambda *size: open_musicgen(torch.float32, *size), MUSICGEN_RATE),
+    "MusicGen, bf16": (lambda *size: open_musicgen(torch.bfloat16, *size), MUSICGEN_RATE),
+    "simba, re-read": (lambda *size: open_rereading("simba", *size), FRAME_RATE),
+}
+
+
+def generate_child(name, batch, seconds, steps, device):
+    """Runs in the child: milliseconds and bytes of a step at three places, the peak, as JSON."""
+    opened, rate = GENERATORS[name]
+    frames = round(seconds * rate)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    places, moved = [], []
+    with torch.inference_mode():
+        at = opened(batch, frames, device)
+        for position in (0, frames // 2, frames):
+            step, size = at(position)
+            count = 1 if "re-read" in name and position else steps
+            step()  # the first is for warming up
+            wait()
+            begun = time.perf_counter()
+            for _ in range(count):
+                step()
+            wait()
+            places.append((time.perf_counter() - begun) / count * 1e3)
+            moved.append(size)
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(dict(ms=places, moved=moved, megabytes=peak, frames=frames)))
+
+
+def simpson(values):
+    return (values[0] + 4 * values[1] + values[2]) / 6
+
+
+def generate(args):
+    """How fast the language models of the paper's size write."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.child:
+        return generate_child(args.child, args.batch[0], args.seconds[0], args.steps, device)
+    print(f"paper size, random weights, guidance, {device}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")  # fmt: skip
+    for seconds in args.seconds:
+        for batch in args.batch:
+            print(f"\n{seconds:g} s of audio, batch {batch}")
+            print(f"{'':16}{'ms a step, begin':>18}{'end':>9}{'audio s / s':>13}{'GB/s':>7}"
+                  f"{'peak MB':>9}")  # fmt: skip
+            found = {name: [] for name in args.only or GENERATORS}
+            for _ in range(args.rounds):
+                for name in list(found):
+                    job = ["--child", name, "--batch", str(batch), "--seconds", str(seconds)]
+                    job += ["--steps", str(args.steps), "--device", device]
+                    run = subprocess.run(
+                        [sys.executable, __file__, "generate", *job], capture_output=True, text=True
+                    )
+                    if run.returncode:
+                        reason = (run.stderr.splitlines() or [f"exit {run.returncode}"])[-1]
+                        print(f"without {name}: {reason[:100]}")
+                        del found[name]
+                    else:
+                        found[name].append(json.loads(run.stdout.splitlines()[-1]))
+            for name, runs in found.items():
+                ms = [median(times) for times in zip(*(run["ms"] for run in runs))]
+                whole = simpson(ms) * runs[0]["frames"] / 1e3
+                rate = simpson(runs[0]["moved"]) / simpson(ms) / 1e6
+                print(f"{name:16}{ms[0]:18.2f}{ms[2]:9.2f}{batch * seconds / whole:13.4f}"
+                      f"{rate:7.1f}{median(run['megabytes'] for run in runs):9.0f}")  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -337,6 +534,15 @@ def main():
     command.add_argument("--chunk", type=int, nargs="+", help="[256; on a CPU 64 and 256]")
     command.add_argument("--repeats", type=int, help="[20; on a CPU 3 in each of 3 processes]")
     command.add_argument("--child", choices=list(CPU_CONTENDERS), help=argparse.SUPPRESS)
+    command = commands.add_parser("generate", help=generate.__doc__)
+    command.set_defaults(run=generate)
+    command.add_argument("--device", choices=["cuda", "cpu"], help="[cuda where there is one]")
+    command.add_argument("--seconds", type=float, nargs="+", default=[10, 30], help="[10 30]")
+    command.add_argument("--batch", type=int, nargs="+", default=[1], help="samples at once [1]")
+    command.add_argument("--steps", type=int, default=12, help="timed at each of 3 places [12]")
+    command.add_argument("--rounds", type=int, default=3, help="of all contenders in turn [3]")
+    command.add_argument("--only", nargs="+", choices=list(GENERATORS), help="[all of them]")
+    command.add_argument("--child", choices=list(GENERATORS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.run(args)
 

@@ -55,7 +55,7 @@ from metrics import (
     kl_divergences,
     longest_copies,
 )
-from model import entry, generate, load_checkpoint, load_text_encoder, read_config
+from model import entry, generate, load_checkpoint, load_text_encoder, prepared, read_config
 from sample import SHIPPED, find_refiner, newest_checkpoint
 from sources import AUDIO, musiccaps_files, read_musiccaps
 
@@ -105,7 +105,7 @@ def compose(checkpoint, prompts, seconds, seeds):
     lm, encoder = load_checkpoint(checkpoint), load_text_encoder(checkpoint)
     codec = load_codec(config["codec"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm.to(device), encoder.to(device)
+    lm, encoder = prepared(lm, device), encoder.to(device)
     if second := find_refiner(lm, codec):
         options = read_config(second).get("sampling", {})
         refiner, its_encoder = load_refiner(second).to(device), load_text_encoder(second).to(device)

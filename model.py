@@ -38,8 +38,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ssd_kernel
+from authors import is_authors, read_authors
 
 # ------------------------------------------------------------------------------------------------
 # 1  The SSD: a linear recurrence whose state is a matrix
@@ -193,6 +195,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSNorm(self.d_inner, eps=1e-5)
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
+        self.core = mamba_step  # or the same, compiled: see `prepared`
 
     def forward(self, h, context):
         z, xBC, dt = self.in_proj(h).split(self.sizes, -1)
@@ -215,25 +218,33 @@ class Mamba2(nn.Module):
         return self.out_proj(y), MambaState(conv_state, ssm)
 
     def step(self, h, state, position):
-        if ssd_kernel.available(state.ssm[..., 0]):  # all that follows, in two launches
-            y = ssd_kernel.step(
-                self.in_proj(h), *state, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias,
-                self.A_log, self.D, self.norm.weight, self.norm.eps,
-            )  # fmt: skip
-            return self.out_proj(y)
-        z, xBC, dt = self.in_proj(h).split(self.sizes, -1)
-        window = torch.cat([state.conv, xBC[:, None]], 1)  # (B, d_conv, H P + 2 N)
-        state.conv.copy_(window[:, 1:])
-        xBC = F.silu((window * self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias)
-        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], -1)
-        x = rearrange(x, "b (h p) -> b h p", p=self.headdim)
-        dt = F.softplus(dt + self.dt_bias).to(state.ssm.dtype)  # (B, H)
-        decay = torch.exp(-dt * torch.exp(self.A_log))
-        u = x.to(dt.dtype) * dt[..., None]
-        state.ssm.mul_(decay[..., None, None]).addcmul_(u[..., None], B[:, None, None].to(u.dtype))
-        y = (state.ssm @ C[:, None, :, None].to(u.dtype)).squeeze(-1).to(x.dtype)
-        y = rearrange(y + self.D[:, None] * x, "b h p -> b (h p)")
-        return self.out_proj(self.norm(y * F.silu(z)))
+        core = ssd_kernel.step if ssd_kernel.available(state.ssm[..., 0]) else self.core
+        y = core(
+            self.in_proj(h), *state, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias,
+            self.A_log, self.D, self.norm.weight, self.norm.eps,
+        )  # fmt: skip
+        return self.out_proj(y)
+
+
+def mamba_step(zxBCdt, conv, ssm, weight, bias, dt_bias, A_log, D, norm, eps):
+    """One frame through the middle of `Mamba2`, from what in_proj gave (B, 2 H P + 2 N + H) to what
+    out_proj takes (B, H P). conv (B, d_conv - 1, H P + 2 N) and ssm (B, H, P, N), which make up a
+    MambaState, are updated in place. `ssd_kernel.step` is the same for GPUs."""
+    H, P, N = ssm.shape[1:]
+    z, xBC, dt = zxBCdt.split([H * P, H * P + 2 * N, H], -1)
+    window = torch.cat([conv, xBC[:, None]], 1)  # (B, d_conv, H P + 2 N)
+    xBC = F.silu((window * weight.T).sum(1) + bias)
+    x, B, C = xBC.split([H * P, N, N], -1)
+    x = rearrange(x, "b (h p) -> b h p", p=P)
+    dt = F.softplus(dt + dt_bias).to(ssm.dtype)  # (B, H)
+    decay = torch.exp(-dt * torch.exp(A_log))
+    u = x.to(dt.dtype) * dt[..., None]
+    ssm.mul_(decay[..., None, None]).addcmul_(u[..., None], B[:, None, None].to(u.dtype))
+    # Not as a matrix product: those with one column use a fraction of a CPU's bandwidth.
+    y = (ssm * C[:, None, None].to(u.dtype)).sum(-1).to(x.dtype)
+    conv.copy_(window[:, 1:])
+    y = rearrange(y + D[:, None] * x, "b h p -> b (h p)") * F.silu(z)
+    return F.rms_norm(y.to(norm.dtype), norm.shape, norm, eps).to(zxBCdt.dtype)
 
 
 def log_uniform(count, low, high):
@@ -461,6 +472,7 @@ class MusicLM(nn.Module):
         self.embeddings = nn.ModuleList(nn.Embedding(V, D) for _ in range(config.codebooks))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.heads = nn.ModuleList(nn.Linear(D, V, bias=False) for _ in range(config.codebooks))
+        self.recompute = 0  # in training, so many blocks keep nothing but their input
         # What a layer adds to the residual stream shrinks with depth, as in GPT-2 and Mamba.
         depth = config.blocks * len(VARIANTS[config.variant])
         for name, parameter in self.named_parameters():
@@ -505,8 +517,11 @@ class MusicLM(nn.Module):
         h = h + self._positions(position).to(h.dtype)
         context = Context(text, text_mask, mask)
         states = []
-        for block in self.blocks:
-            h, state = block(h, context)
+        for i, block in enumerate(self.blocks):
+            if self.training and i < self.recompute:
+                h, state = checkpoint(block, h, context, use_reentrant=False)
+            else:
+                h, state = block(h, context)
             states.append(state)
         return h[:, -L:], LMState(states, read)
 
@@ -560,6 +575,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.tokenizer, self.encoder, self.name = tokenizer, encoder, name
         self.max_tokens = max_tokens  # longer captions are cut
+        self.fill = 0  # a batch of fewer tokens is filled up with </s>; if not 0, all of S is read
 
     @classmethod
     def small(cls, tokenizer_json: str, d_model=128, layers=2, max_tokens=128):
@@ -611,8 +627,13 @@ class TextEncoder(nn.Module):
             captions, truncation=True, max_length=self.max_tokens, return_tensors="pt",
             padding=True, pad_to_multiple_of=min(multiple, self.max_tokens),
         ).to(self.encoder.device)  # fmt: skip
-        mask = batch.attention_mask
-        return self.encoder(input_ids=batch.input_ids, attention_mask=mask)[0], mask.bool()
+        ids, mask = batch.input_ids, batch.attention_mask
+        if (missing := self.fill - ids.shape[1]) > 0:
+            ids = F.pad(ids, (0, missing), value=self.tokenizer.eos_token_id)
+            mask = F.pad(mask, (0, missing))
+        # T5 looks at the caption alone; with `fill`, the language model looks at all that follows.
+        text = self.encoder(input_ids=ids, attention_mask=mask)[0]
+        return text, mask.bool() | (self.fill > 0)
 
     def pooled(self, captions):
         """-> (B, d_text), the mean over a caption's tokens; of the empty string that of </s>."""
@@ -624,7 +645,36 @@ class TextEncoder(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 5  Sampling
 
-LANES = 4
+LARGE = 50_000_000  # parameters, from where on a step of one sample keeps the machine busy
+LANES = 4  # samples that a smaller model makes at once
+
+
+def prepared(lm, device):
+    """The model on its device, as it samples best. A step reads every weight and does little else,
+    so the matrices of a large model become bf16, half the bytes, where the hardware multiplies
+    those. Vectors, convolutions and all states stay fp32. On a CPU with a C++ compiler the middle
+    of Mamba-2 is compiled (it takes seconds, once), to pass over the states once, not four times.
+    """
+    device = torch.device(device)
+    if is_large(lm):
+        core = mamba_step
+        if device.type == "cpu" and any(map(shutil.which, ("g++", "clang++"))):
+            core = torch.compile(mamba_step, dynamic=False)
+        for layer in lm.modules():
+            if isinstance(layer, Mamba2):
+                layer.core = core
+            if isinstance(layer, nn.Linear) and multiplies_bf16(device):
+                layer.weight.data = layer.weight.data.bfloat16()
+    return lm.to(device)
+
+
+def is_large(lm):
+    return sum(p.numel() for p in lm.parameters()) >= LARGE
+
+
+def multiplies_bf16(device):
+    has = torch.cpu._is_avx512_bf16_supported
+    return device.type == "cuda" or device.type == "cpu" and has()
 
 
 def sample_tokens(logits, uniform, temperature=1.2, top_k=250, top_p=1.0):
@@ -645,7 +695,7 @@ def sample_tokens(logits, uniform, temperature=1.2, top_k=250, top_p=1.0):
 @torch.inference_mode()
 def generate(
     lm, encoder, prompts, frames, seeds, *, negative="", guidance=3.0, temperature=1.2, top_k=250,
-    top_p=1.0, codes=None, block=64, lanes=LANES,
+    top_p=1.0, codes=None, block=64, lanes=None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Samples `frames` frames for each prompt; yields blocks (R, K, up to `block`) on the way.
 
@@ -657,8 +707,10 @@ def generate(
 
     A sample depends on its prompt and its seed alone, to the last bit, however many others are made
     beside it: a matrix product of another height rounds differently, so the batch always runs in
-    groups of `lanes`, the last filled up, and every prompt is read by itself.
+    groups of `lanes`, the last filled up, and every prompt is read by itself. (By default LANES, or
+    one where the model is large.)
     """
+    lanes = lanes or (1 if is_large(lm) else LANES)
     if codes is None:
         codes = torch.empty(len(prompts), len(lm.heads), 0, dtype=torch.long)
     options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -679,11 +731,14 @@ def _generate_lanes(
 ):  # fmt: skip
     rows, K, device = len(prompts), len(lm.heads), next(lm.parameters()).device
     codes, fill = codes.to(device), lanes - rows
-    room = frames + K - 1
+    room, step = frames + K - 1, None
+    half = lm.heads[0].weight.dtype == torch.bfloat16  # see `prepared`
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
     width = 1 if lm.config.prefix else encoder.max_tokens  # cross-attention sees one width
 
     def read(prompt, row):
-        return lm.prefill(*encoder([prompt], width), codes[row : row + 1], room)
+        with precision:
+            return lm.prefill(*encoder([prompt], width), codes[row : row + 1], room)
 
     first = [read(prompt, row) for row, prompt in enumerate(prompts)]
     first += first[:1] * fill
@@ -722,7 +777,37 @@ def _generate_lanes(
             yield torch.stack(done, 2).cpu()
             done = []
         if s < frames + K - 2:
-            logits = lm.step(column if guidance == 1 else torch.cat([column, column]), state)
+            column = column if guidance == 1 else torch.cat([column, column])
+            with precision:
+                step = step or _stepper(lm, column, state)
+                logits = step(column)
+
+
+def _stepper(lm, column, state):
+    """lm.step with this state, as a function of the column; on a GPU it is recorded as a CUDA graph
+    and replayed, one launch instead of a few hundred."""
+    if column.device.type != "cuda":
+        return lambda column: lm.step(column, state)
+    column = column.clone()  # a graph reads and writes the same memory at every replay
+    remembered = [state.position, *(v for block in state.blocks for layer in block for v in layer)]
+    before = [v.clone() for v in remembered]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        lm.step(column, state)  # kernels are compiled and libraries woken up outside the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = lm.step(column, state)
+    for v, old in zip(remembered, before):
+        v.copy_(old)
+
+    def replay(new):
+        column.copy_(new)
+        graph.replay()
+        return logits
+
+    return replay
 
 
 def _stack(states):
@@ -736,14 +821,15 @@ def _stack(states):
 
 # ------------------------------------------------------------------------------------------------
 # 6  Checkpoints: a folder with config.json, model.safetensors and, if the encoder is small, its
-#    tokenizer.json
+#    tokenizer.json; or the file that the paper's authors published (`authors.py`)
 
 
-def save_checkpoint(folder, lm, encoder, extra=None, files=None, dtype=None):
+def save_checkpoint(folder, lm, encoder, extra=None, files=None, dtype=None, weights=None):
     """Writes a checkpoint folder under a temporary name and renames it: it is there whole or not.
 
     extra: more entries for config.json; files: {name: {key: tensor}} written beside the model as
-    safetensors; dtype: the weights' type on disk, None for their own.
+    safetensors; dtype: the weights' type on disk, None for their own; weights: the language model's
+    state_dict, where it is not its own.
     """
     from safetensors.torch import save_file
 
@@ -752,8 +838,9 @@ def save_checkpoint(folder, lm, encoder, extra=None, files=None, dtype=None):
     _remove(new)
     new.mkdir(parents=True)
     text = {"name": encoder.name, "stored": encoder.trained or encoder.name == "small"}
+    text |= {"fill": encoder.fill} if encoder.fill else {}
     config = {"model": asdict(lm.config), "text": text, **(extra or {})}
-    weights = {f"lm.{k}": v for k, v in lm.state_dict().items()}
+    weights = {f"lm.{k}": v for k, v in (weights or lm.state_dict()).items()}
     if encoder.name == "small":
         t5 = encoder.encoder.config
         text |= dict(d_model=t5.d_model, layers=t5.num_layers, max_tokens=encoder.max_tokens)
@@ -774,13 +861,16 @@ def save_checkpoint(folder, lm, encoder, extra=None, files=None, dtype=None):
 
 def read_config(folder) -> dict:
     """A checkpoint's config.json. ValueError, one sentence, if there is none or it is broken."""
+    if is_authors(folder):
+        return read_authors(folder)[0]
     folder = Path(folder)
     old = folder.with_name(folder.name + ".old")
     if not folder.exists() and old.exists():  # killed between the two renames of save_checkpoint
         os.rename(old, folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"no checkpoint at {folder}: expected a folder with config.json, as train.py makes"
+            f"no checkpoint at {folder}: expected a folder with config.json, as train.py makes, "
+            "or the .ckpt file of the paper's authors"
         )
     try:
         return json.loads((folder / "config.json").read_text())
@@ -797,7 +887,8 @@ def load_checkpoint(folder) -> MusicLM:
     if not isinstance(values, dict) or set(values) - known:
         raise ValueError(f"{folder}/config.json does not describe a language model of this program")
     lm = MusicLM(LMConfig(**values))
-    load_weights(lm, Path(folder) / "model.safetensors", "lm.")
+    file = folder if is_authors(folder) else Path(folder) / "model.safetensors"
+    load_weights(lm, file, "lm.")
     return lm.eval()
 
 
@@ -811,11 +902,12 @@ def load_text_encoder(folder) -> TextEncoder:
         encoder = TextEncoder.pretrained(config.get("name", "google/flan-t5-base"))
     if config.get("stored"):
         load_weights(encoder.encoder, folder / "model.safetensors", "text.")
+    encoder.fill = config.get("fill", 0)
     return encoder.eval()
 
 
 def load_weights(module, file, prefix=""):
-    """Fills a module with those tensors of a safetensors file whose name begins with `prefix`."""
+    """Fills a module with those tensors of a checkpoint's file whose name begins with `prefix`."""
     tensors = read_tensors(file)
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     if "shared.weight" in tensors:
@@ -830,10 +922,12 @@ def load_weights(module, file, prefix=""):
 
 
 def read_tensors(file) -> dict:
-    """The tensors of a safetensors file. ValueError, one sentence, if it is missing or broken."""
+    """The tensors of a checkpoint's file. ValueError, one sentence, if it is missing or broken."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if is_authors(file):
+        return read_authors(file)[1]
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import ssd_kernel
 from codec import Picture, decode_stream, load_codec, read_audio
 from diffusion import is_refiner, load_refiner, refine
-from model import entry, generate, load_checkpoint, load_text_encoder, read_config
+from model import entry, generate, load_checkpoint, load_text_encoder, prepared, read_config
 
 ROOT = Path(__file__).parent
 SHIPPED, SHIPPED_REFINER = ROOT / "toy" / "lm", ROOT / "toy" / "refiner"
@@ -50,7 +50,7 @@ def main(argv=None):
     second = None if args.no_refiner else find_refiner(lm, codec, args.refiner)
     sampling = {**config.get("sampling", {}), **given(args, "guidance temperature top_k top_p")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm.to(device), encoder.to(device)
+    lm, encoder = prepared(lm, device), encoder.to(device)
     if second:
         refiner_config = read_config(second)
         refiner, its_encoder = load_refiner(second).to(device), load_text_encoder(second).to(device)

@@ -184,6 +184,25 @@ def test_continuation_goes_on_as_if_it_had_never_stopped(codebooks):
     assert (rest == whole[:, :, 20:]).all()
 
 
+def test_a_large_model_samples_in_bf16_and_compiled_and_repeats_itself(monkeypatch):
+    lm, encoder = tiny()
+    monkeypatch.setattr(model, "LARGE", 0)
+    monkeypatch.setattr(model, "multiplies_bf16", lambda device: True)
+    exact = torch.cat(list(generate(lm, encoder, ["jazz"], 12, [0], top_k=1, lanes=1)), 2)
+    lm = model.prepared(lm, "cpu")
+    assert lm.heads[0].weight.dtype == torch.bfloat16 and lm.text_norm.weight.dtype == torch.float32
+    make = lambda prompts, seeds: torch.cat(list(generate(lm, encoder, prompts, 12, seeds)), 2)
+    both = make(["jazz", "slow"], [0, 1])
+    assert torch.equal(both[:1], make(["jazz"], [0])) and torch.equal(both[1:], make(["slow"], [1]))
+    text, mask = encoder(["jazz"])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logits, state = lm.prefill(text, mask)
+        stepped = lm.step(exact[:, :, 0], state)
+        forward = lm(exact[:, :, :2], text, mask)[:, :, 1]
+    assert state.blocks[0][0].ssm.dtype == torch.float32
+    torch.testing.assert_close(stepped.float(), forward.float(), rtol=0.1, atol=0.3)
+
+
 def test_guidance_1_is_conditional_and_0_is_the_negative_prompt():
     lm, encoder = tiny()
     plain = run(lm, encoder, ["jazz"], [7], guidance=1.0, lanes=4)

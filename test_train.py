@@ -47,13 +47,14 @@ def losses(folder):
 @pytest.mark.parametrize("variant", ["simba", "transformer"])
 def test_a_resumed_run_has_the_losses_of_one_never_stopped(tmp_path, data, variant):
     options = ["--variant", variant, "--data", data, "--dropout", "0.3", *TINY]
-    code, out, err = run(*options, "--steps", 12, "--out", tmp_path / "whole")
+    options += ["--valid-every", 30]
+    code, out, err = run(*options, "--steps", 60, "--out", tmp_path / "whole")
     assert code == 0, err
     assert "parameters" in out and "FLOPs" in out and "valid" in out
     assert (tmp_path / "whole/loss.png").stat().st_size > 1000
     assert list((tmp_path / "whole").glob("*.wav")), "a finished run plays something"
 
-    stopped = run(*options, "--steps", 12, "--out", tmp_path / "cut", wait=False)
+    stopped = run(*options, "--steps", 60, "--out", tmp_path / "cut", wait=False)
     while not (tmp_path / "cut/log.jsonl").exists() or len(losses(tmp_path / "cut")) < 2:
         time.sleep(0.02)
         assert stopped.poll() is None, stopped.communicate()
@@ -61,7 +62,7 @@ def test_a_resumed_run_has_the_losses_of_one_never_stopped(tmp_path, data, varia
     out, err = stopped.communicate()
     if stopped.returncode == 130:  # else it was quicker than the signal
         assert "--resume" in out
-        assert len(losses(tmp_path / "cut")) == read_config(tmp_path / "cut/last")["step"] < 12
+        assert len(losses(tmp_path / "cut")) == read_config(tmp_path / "cut/last")["step"] < 60
         code, _, err = run("--resume", tmp_path / "cut")
         assert code == 0, err
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

@@ -4,27 +4,37 @@
     python train.py --variant simba --codebooks 9        ... a single stage, all codebooks at once
     python train.py --variant refiner                    ... the second stage of two
     python train.py --variant simba --preset paper --data data/jamendo
+    python train.py --variant simba --preset paper --dry-run     what that would cost
+    torchrun --nproc_per_node=4 train.py ...                     on four cards
     python train.py --resume out/simba                       goes on where it stopped
 
 A run is a folder: last/ and best/ (checkpoints, see model.py), log.jsonl, loss.png, and a sample.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import budget
 import ssd_kernel
 from codec import load_codec
 from data import Clips
@@ -38,6 +48,7 @@ from model import (
     entry,
     load_checkpoint,
     load_text_encoder,
+    multiplies_bf16,
     read_config,
     read_tensors,
     save_checkpoint,
@@ -67,17 +78,22 @@ class TrainConfig:
     beta2: float = 0.999  # AdamW's second beta
     weight_decay: float = 2e-2  # on matrices only
     clip: float = 1.0  # largest norm of the gradient
+    label_smoothing: float = 0.0  # in training; validation is plain cross-entropy
     caption_dropout: float = 0.1  # captions replaced by nothing, for classifier-free guidance
     ema: float = 0.0  # decay a step of the averaged weights that are kept; 0: the last ones are
     seed: int = 0  # of parameters, data order, crops, captions and dropout
     valid_every: int = 1000  # steps between validations; each is followed by a checkpoint
     valid_clips: int = 256  # clips of a validation
     compile: bool = True  # torch.compile: half as fast again, after a minute or two of its own
+    recompute: int = 0  # so many blocks are computed again on the way back: less memory, more time
+    fsdp: bool = False  # under torchrun: each process keeps its share of the weights only
     device: str = ""  # cpu, cuda or mps; empty: the best there is
 
 
 PRESETS = {
-    "paper": {},
+    "paper": dict(recompute=6),
+    "authors": dict(recompute=6, label_smoothing=0.1, warmup=500),  # as their code has it
+    "large": dict(blocks=40, d_model=1536, attention_heads=12, recompute=30, fsdp=True),
     "toy": dict(
         text_encoder="toy", train_text_encoder=5e-4, blocks=4, d_model=128, d_state=32, headdim=32,
         chunk=32, init="memory", d_text=128, attention_heads=4, dropout=0.0, trained_frames=960,
@@ -100,13 +116,17 @@ REFINER_PRESETS = {
 
 
 def main(argv=None):
-    model_config, config, run = parse_arguments(argv)
+    model_config, config, run, dry = parse_arguments(argv)
     refining = isinstance(model_config, RefinerConfig)
+    device, rank, ranks = join_processes(config)
+    if dry:
+        return dry_run(model_config, config, device)
     torch.manual_seed(config.seed)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     resuming = (run / "last").exists() or (run / "last.old").exists()
 
     # Data and model. A clip of the toy world has no caption but the factors to draw one from.
+    if rank > 0:
+        wait_for(ranks)  # the first unpacks and downloads, for all
     folder, describe = open_data(config.data)
     start = run / "last" if resuming else initial(config, refining)  # or none
     made_by = read_config(start).get("codec") if start else None
@@ -123,64 +143,83 @@ def main(argv=None):
         lm = Refiner(model_config) if refining else MusicLM(model_config)
         if refining:
             lm.fit(codec)
+    if not refining:
+        lm.recompute = config.recompute
+    if rank == 0:
+        wait_for(ranks)
     encoder.requires_grad_(config.train_text_encoder > 0)
+    if encoder.name != "small" and not encoder.trained and device.type == "cuda":
+        encoder.bfloat16()  # a published one, which is not stored with the checkpoints
     lm.to(device).train()
     encoder.to(device).train(encoder.trained)
     ema = AveragedModel(lm, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     kept = ema.module if ema else lm  # the weights that are validated and stored
+    objective = spread(Objective(lm, encoder, codec, config), config, device, ranks)
     optimizer = make_optimizer(lm, encoder, config)
-    log = Log(run / "log.jsonl")
+    log = Log(run / "log.jsonl", write=rank == 0)
     step, best = 0, math.inf
     if resuming:
         step, best = load_trainer(run / "last", lm, encoder, optimizer, ema)
         log.cut(step)
-    print_budget(lm, encoder, config, train, device)
+    if rank == 0:
+        print_budget(lm, encoder, config, train, device)
 
     def save(name):
         extra = dict(train=asdict(config), step=step, best=best, codec=train.meta["codec"])
         files = None
         if name == "last":
             files = {"trainer.safetensors": trainer_state(lm, encoder, optimizer, ema)}
-        save_checkpoint(run / name, kept, encoder, extra, files)
-
-    def loss_of(codes, captions):
-        if refining:
-            with autocast(device):
-                return refiner_loss(forward, encoder, codec, codes, captions)
-        return caption_loss(forward, encoder, codes, captions)
+        weights = {k: whole(v) for k, v in kept.state_dict().items()}
+        if rank == 0:
+            try:
+                save_checkpoint(run / name, kept, encoder, extra, files, weights=weights)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"{run / name} could not be written ({error}): the checkpoint before it is "
+                    f"as it was; make room, then go on with --resume {run}"
+                ) from None
 
     stop = []  # Ctrl-C and SIGTERM finish the step, then save
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(1))
 
-    forward = torch.compile(lm, dynamic=False) if config.compile else lm
-    started, first_step, bad, seen = time.time(), step, 0, 0
+    shares = ((n, share(n, config, rank, ranks)) for n in range(step, config.steps))
+    make = lambda n, first, count, frames: train.batch(
+        first, count, frames, config.seed, describe, config.caption_dropout
+    )
+    batches = prefetched(make, ((n, *part) for n, parts in shares for part in parts), device)
+    started, first_step, bad, skipped, seen = time.time(), step, 0, 0, 0
     while step < config.steps:
         frames, batch = shape_at(step, config)
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        loss = 0.0
-        for micro in range(config.accumulate):
-            first = seen_before(step, config)[0] + micro * batch
-            codes, captions = train.batch(
-                first, batch, frames, config.seed, describe, config.caption_dropout
-            )
-            part = loss_of(codes.to(device), captions) / config.accumulate
-            part.backward()
+        # Chance is a function of seed, step and process, so that nothing of it needs to be kept.
+        torch.manual_seed(
+            int(np.random.SeedSequence((config.seed, step, rank)).generate_state(1)[0])
+        )
+        loss, parts = 0.0, share(step, config, rank, ranks)
+        for i, (_, count, _) in enumerate(parts):
+            codes, captions = next(batches)
+            with together(objective, ranks, last=i == len(parts) - 1):
+                part = objective(codes, captions) * (count * ranks / (batch * config.accumulate))
+                part.backward()
             loss += part.item()
-            seen += codes[:, 0].numel()
+            seen += codes[:, 0].numel() * ranks
         norm = torch.nn.utils.clip_grad_norm_(
             [p for g in optimizer.param_groups for p in g["params"]], config.clip
-        ).item()
+        )
+        norm = whole(norm).item()
+        loss, stopping = agree(loss, stop, ranks, device)
         if math.isfinite(norm):
             optimizer.step()
             bad = 0
             if ema:
                 ema.update_parameters(lm)
         else:
-            bad += 1
-            print(f"step {step}: loss {loss}, gradient {norm}; step skipped")
+            bad, skipped = bad + 1, skipped + 1
+            if rank == 0:
+                print(f"step {step}: loss {loss}, gradient {norm}; step skipped, {skipped} so far")
             if bad == 10:
                 raise ValueError(f"10 bad steps in a row; the last good checkpoint is {run}/last")
         optimizer.zero_grad(set_to_none=True)
@@ -188,7 +227,7 @@ def main(argv=None):
 
         rate = seen / (time.time() - started)
         log.write(step=step, loss=loss, norm=norm, lr=lr, frames=frames)
-        if step % 10 == 0 or step == config.steps:
+        if rank == 0 and (step % 10 == 0 or step == config.steps):
             left = (time.time() - started) / (step - first_step) * (config.steps - step)
             print(
                 f"\rstep {step:6}/{config.steps}  loss {log.smooth():.3f}  lr {lr:.1e}  "
@@ -196,20 +235,26 @@ def main(argv=None):
                 end="",
                 flush=True,
             )
-        if step % config.valid_every == 0 or step == config.steps or stop:
-            if not stop:
+        if step % config.valid_every == 0 or step == config.steps or stopping:
+            if not stopping:
                 scores = validate(kept, encoder, codec, valid, describe, config, device)
                 lm.train(), encoder.train(encoder.trained)
                 log.write(step=step, **scores)
-                print("\n  valid  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+                if rank == 0:
+                    print("\n  valid  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
                 if scores["right"] < best:
                     best = scores["right"]
                     save("best")
             save("last")
-            if stop:
-                print(f"\nstopped at step {step}; `python train.py --resume {run}` goes on")
+            if stopping:
+                if rank == 0:
+                    print(f"\nstopped at step {step}; `python train.py --resume {run}` goes on")
                 sys.exit(130)
 
+    if ranks > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     plot(log, run / "loss.png")
     unit = "squared error of v" if refining else "nats per token"
     print(f"{run}: best validation loss {best:.3f} {unit}; curve in {run}/loss.png")
@@ -224,15 +269,15 @@ def parse_arguments(argv):
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="toy", choices=PRESETS, help="sizes and schedule [toy]")
     first.add_argument("--resume", metavar="RUN", help="go on with this run's folder")
+    first.add_argument("--dry-run", action="store_true", help="say what it would cost, and end")
     kinds = ", ".join([*VARIANTS, "refiner"])
     first.add_argument("--variant", default="simba", help=f"what to train: {kinds} [simba]")
     known = first.parse_known_args(argv)[0]
     refining = known.variant == "refiner"
-    kind, preset = (
-        (RefinerConfig, REFINER_PRESETS[known.preset])
-        if refining
-        else (LMConfig, PRESETS[known.preset] | dict(variant=known.variant))
-    )
+    kind, presets = (RefinerConfig, REFINER_PRESETS) if refining else (LMConfig, PRESETS)
+    if known.preset not in presets:
+        raise ValueError(f"a {known.variant} has no preset {known.preset!r}: {', '.join(presets)}")
+    preset = presets[known.preset] | ({} if refining else dict(variant=known.variant))
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -246,15 +291,20 @@ def parse_arguments(argv):
     if args.resume:
         saved = read_config(Path(args.resume) / "last")
         kind = RefinerConfig if is_refiner(saved) else LMConfig
-        return kind(**saved["model"]), TrainConfig(**saved["train"]), Path(args.resume)
+        config = TrainConfig(**saved["train"])
+        return kind(**saved["model"]), config, Path(args.resume), args.dry_run
     model, config = pick(kind), pick(TrainConfig)
+    if refining and config.recompute:
+        raise ValueError("--recompute goes with language models: a refiner is small without it")
+    if config.fsdp and (config.ema or config.train_text_encoder):
+        raise ValueError("--fsdp goes with a frozen text encoder and without --ema")
     if config.init_from:
         model = shape_of(initial(config, refining), model, argv)
     name = model.variant + ("" if refining or model.codebooks == 1 else f"-{model.codebooks}")
     run = Path(config.out or f"out/{name}")
-    if (run / "last").exists():
+    if (run / "last").exists() and not args.dry_run:
         raise ValueError(f"{run} holds a run: go on with --resume {run}, or choose another --out")
-    return model, config, run
+    return model, config, run, args.dry_run
 
 
 def initial(config, refining):
@@ -296,7 +346,111 @@ def new_encoder(name):
     return toy.text_encoder() if name == "toy" else TextEncoder.pretrained(name)
 
 
-def caption_loss(lm, encoder, codes, captions, reduction="mean"):
+# ------------------------------------------------------------------------- several processes ----
+#
+# Under torchrun every process has a rank and, where there are GPUs, one of its own. The clips of a
+# step are dealt out among them, and their gradients averaged, so the same steps are made as by one.
+
+
+def join_processes(config):
+    """-> this process's device, its rank, and the number of ranks."""
+    rank, ranks = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    cuda = torch.cuda.is_available()
+    device = torch.device(config.device or ("cuda" if cuda else "cpu"))
+    if ranks > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    elif config.fsdp:
+        config.fsdp = False  # one process keeps all
+    return device, rank, ranks
+
+
+def wait_for(ranks):
+    if ranks > 1:
+        dist.barrier()
+
+
+class Objective(nn.Module):
+    """codes (B, K, L) and their captions -> the loss; one module with all that is trained."""
+
+    def __init__(self, lm, encoder, codec, config):
+        super().__init__()
+        self.lm, self.encoder = lm, encoder
+        self.codec, self.smoothing = codec, config.label_smoothing
+        self.run = torch.compile(lm, dynamic=False) if config.compile else lm
+
+    def forward(self, codes, captions):
+        if self.codec:
+            with autocast(codes.device):
+                return refiner_loss(self.run, self.encoder, self.codec, codes, captions)
+        smoothing = dict(label_smoothing=self.smoothing)
+        return caption_loss(self.run, self.encoder, codes, captions, **smoothing)
+
+
+def spread(objective, config, device, ranks):
+    """The objective, made to average its gradients over the ranks."""
+    if config.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.device_mesh.init_device_mesh(device.type, (ranks,))
+        for block in objective.lm.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(objective.lm, mesh=mesh)
+    elif ranks > 1:
+        return nn.parallel.DistributedDataParallel(objective)
+    return objective
+
+
+def together(objective, ranks, last):
+    """Gradients are averaged in a step's last backward pass only."""
+    if isinstance(objective, nn.parallel.DistributedDataParallel):
+        return nullcontext() if last else objective.no_sync()
+    if ranks > 1:
+        objective.lm.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+def agree(loss, stop, ranks, device):
+    """-> the ranks' mean loss, and whether any was told to stop."""
+    if ranks == 1:
+        return loss, bool(stop)
+    told = torch.tensor([loss / ranks, float(bool(stop))], device=device)
+    dist.all_reduce(told)
+    return told[0].item(), told[1].item() > 0
+
+
+def whole(v):
+    """A tensor that ranks share, in one piece; any other as it is."""
+    return v.full_tensor() if isinstance(v, DTensor) else v
+
+
+def share(step, config, rank, ranks):
+    """A rank's part of a step -> [(number of its first sample, samples, frames)], micro-batches."""
+    frames, batch = shape_at(step, config)
+    first, total = seen_before(step, config)[0], batch * config.accumulate
+    if total < ranks:
+        raise ValueError(f"{ranks} processes are too many for {total} clips a step")
+    begin, end = (total * r // ranks for r in (rank, rank + 1))
+    return [(first + i, min(batch, end - i), frames) for i in range(begin, end, batch)]
+
+
+def prefetched(make, jobs, device, ahead=2):
+    """make(*job) for each job, on the device, made in a thread while the device is at work."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(make, *job) for job in itertools.islice(jobs, ahead))
+        while waiting:
+            codes, captions = waiting.popleft().result()
+            waiting.extend(pool.submit(make, *job) for job in itertools.islice(jobs, 1))
+            codes = codes.pin_memory() if device.type == "cuda" else codes
+            yield codes.to(device, non_blocking=True), captions
+
+
+# ------------------------------------------------------------------------------------- the loss --
+
+
+def caption_loss(lm, encoder, codes, captions, reduction="mean", label_smoothing=0.0):
     """Cross-entropy in nats per token of codes (B, K, L) given their captions."""
     with autocast(codes.device):
         with nullcontext() if encoder.trained else torch.no_grad():
@@ -308,14 +462,14 @@ def caption_loss(lm, encoder, codes, captions, reduction="mean"):
         codes.flatten(),
         ignore_index=lm.config.codebook_size,  # padding
         reduction=reduction,
+        label_smoothing=label_smoothing,
     )
 
 
 def autocast(device):
     """bf16 matrix products over fp32 parameters, where the hardware has them: pure bf16 weights
     diverge (the steps of a slow learning rate are smaller than their last digit)."""
-    has = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=has)
+    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
 
 
 TEXT = 64  # about the tokens of a text: short clips come with as many of them as long ones
@@ -417,13 +571,12 @@ def validate(model, encoder, codec, clips, describe, config, device):
 
 
 def trainer_state(lm, encoder, optimizer, ema):
-    """What resuming needs besides the stored weights: the optimiser's moments, the RNG of dropout
-    and, where the stored weights are averages, those that are trained."""
-    state = {"rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
+    """What resuming needs besides the stored weights: the optimiser's moments and, where the stored
+    weights are averages, those that are trained."""
+    state = {}
     for name, p in named_parameters(lm, encoder).items():
-        state |= {f"{k}.{name}": v.detach().cpu() for k, v in optimizer.state[p].items()}
+        if p in optimizer.state:  # not before the first good step
+            state |= {f"{k}.{name}": whole(v.detach()).cpu() for k, v in optimizer.state[p].items()}
         if ema:
             state[f"trained.{name}"] = p.detach().cpu()
     return state
@@ -433,37 +586,39 @@ def trainer_state(lm, encoder, optimizer, ema):
 def load_trainer(folder, lm, encoder, optimizer, ema):
     state, config = read_tensors(folder / "trainer.safetensors"), read_config(folder)
     for name, p in named_parameters(lm, encoder).items():
-        optimizer.state[p] = {
-            k: state[f"{k}.{name}"].to("cpu" if k == "step" else p.device)
-            for k in ("step", "exp_avg", "exp_avg_sq")
-        }
+        for k in ("step", "exp_avg", "exp_avg_sq") if f"step.{name}" in state else ():
+            v = state[f"{k}.{name}"].to("cpu" if k == "step" else p.device)
+            if k != "step" and isinstance(p, DTensor):
+                v = distribute_tensor(v, p.device_mesh, p.placements)
+            optimizer.state[p][k] = v
         if ema:
             p.copy_(state[f"trained.{name}"])
     if ema:
         ema.n_averaged.fill_(config["step"])  # or the next update would begin a new average
-    torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"])
     return config["step"], config["best"]
 
 
 class Log:
     """log.jsonl: a line a step, and one a validation."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, write=True):
+        self.path, self.writes = path, write
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = [json.loads(line) for line in open(path)] if path.exists() else []
 
     def cut(self, step):
         """Forgets what came after the checkpoint that a resumed run starts from."""
         self.rows = [row for row in self.rows if row["step"] <= step]
+        if not self.writes:
+            return
         temporary = self.path.with_suffix(".new")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         os.replace(temporary, self.path)
 
     def write(self, **row):
         self.rows.append(row)
+        if not self.writes:
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -473,20 +628,28 @@ class Log:
 
 
 def print_budget(lm, encoder, config, clips, device):
-    parameters = sum(p.numel() for p in lm.parameters())
-    text = sum(p.numel() for p in encoder.parameters())
+    count, text = (sum(p.numel() for p in m.parameters()) for m in (lm, encoder))
     tokens = seen_before(config.steps, config)[1]
-    flops = 6 * parameters * tokens
     if lm.config.variant != "transformer":
         print(ssd_kernel.path(device))
-    print(
-        f"{lm.config.variant}, {lm.config.blocks} blocks, {lm.config.codebooks} codebook(s): "
-        f"{parameters / 1e6:.2f} M parameters (text encoder {text / 1e6:.2f} M, "
-        f"{'trained along' if encoder.trained else 'frozen'}), on {device}\n"
-        f"{len(clips):,} clips; {config.steps:,} steps, {tokens:.2e} tokens, "
-        f"6 x parameters x tokens = {flops:.1e} FLOPs "
-        f"(the paper's runs 1e19, MusicGen-small 1e20)"
-    )
+    print(budget.describe_cost(lm.config, config, count, tokens, text))
+    if device.type == "cuda":
+        frames, batch = stages(config)[-1][1:]
+        parts = budget.memory(lm.config, config, count, text, frames, batch)
+        print(budget.describe_memory(parts, device))
+    print(f"{len(clips):,} clips; on {device}")
+
+
+def dry_run(model_config, config, device):
+    """What a run would cost, told without data, weights or a text encoder at hand."""
+    small = config.text_encoder == "toy"
+    text = sum(p.numel() for p in new_encoder("toy").parameters()) if small else budget.FLAN_T5_BASE
+    count, tokens = budget.parameters(model_config), seen_before(config.steps, config)[1]
+    frames, batch = stages(config)[-1][1:]
+    parts = budget.memory(model_config, config, count, text, frames, batch)
+    print(budget.describe_cost(model_config, config, count, tokens, text))
+    print(budget.describe_memory(parts, device))
+    print(budget.describe_hours(count, tokens, device))
 
 
 def plot(log, path):

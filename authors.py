@@ -1,0 +1,115 @@
+"""The weights that the paper's authors published, under the names of `model.py`.
+
+    python sample.py "jazz reggae" --checkpoint simba.ckpt
+
+Their file is a Lightning checkpoint of Prefix SiMBA (SSMTTM, Fig. 1 (b)): a pickled dict whose
+"state_dict" holds the language model as `music_model.*`, with a copy of Flan-T5 (`text_encoder.*`)
+and the optimizer's memory beside it. The architecture is that of `model.MusicLM`, tensor by tensor,
+so all it takes is new names; the shape of the model is that of its tensors.
+
+One thing is theirs alone. Captions are filled up to 60 tokens with </s>, and the language model
+reads the filling as if it were text: `TextEncoder.fill`.
+
+A pickle may run any code when it is opened. Here nothing but tensors and plain values is unpickled
+(torch's `weights_only`), and nothing but the tensors in use is read from the disk (`mmap`).
+
+Letters: V vocabulary    D d_model    H heads    P headdim    N d_state
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+REMEDY = "take simba.ckpt from the drive that https://github.com/Lonian6/SSM-TTM links to"
+FILL = 60  # tokens that their captions have at least
+FRAMES = 2584  # of their 30 s clips
+MAMBA = (
+    "in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight",
+    "out_proj.weight",
+)  # fmt: skip
+
+
+def is_authors(path) -> bool:
+    """Whether a checkpoint is such a file, by its name, rather than a folder of ours."""
+    return Path(path).suffix in (".ckpt", ".pt", ".pth") and Path(path).is_file()
+
+
+def read_authors(file):
+    """-> config, like the config.json of our checkpoints, and tensors {"lm." + our name: tensor}.
+
+    ValueError, one sentence, if the file is cut short, would run code, or holds another model.
+    """
+    theirs = _state_dict(file)
+    count = lambda part: len({k.split(".")[2] for k in theirs if k.startswith(part)})
+    blocks, codebooks = count("music_model.backbone."), count("music_model.embedding.")
+    names = _names(max(1, blocks), max(1, codebooks))
+    if different := set(names.values()) ^ set(theirs):
+        name = min(different)
+        raise _refused(file, f"{'an unknown' if name in theirs else 'no'} tensor {name}")
+    tensors = {f"lm.{ours}": theirs[name] for ours, name in names.items()}
+
+    mamba = "lm.blocks.0.layers.0."
+    try:
+        V, D = tensors["lm.embeddings.0.weight"].shape
+        (inner,), (heads,) = (tensors[mamba + n].shape for n in ("norm.weight", "dt_bias"))  # H P
+        channels, _, taps = tensors[mamba + "conv1d.weight"].shape  # H P + 2 N
+        hidden, _ = tensors["lm.blocks.0.layers.1.up.weight"].shape
+        _, d_text = tensors["lm.text_proj.weight"].shape
+        sizes = dict(
+            codebooks=codebooks, blocks=blocks, d_model=D, d_state=(channels - inner) // 2,
+            headdim=inner // heads, expand=inner // D, d_conv=taps, ff_mult=hidden // D,
+            d_text=d_text, codebook_size=V - 1, trained_frames=FRAMES + FILL,
+        )  # fmt: skip
+    except (ValueError, ZeroDivisionError):
+        sizes = {}
+    if min(sizes.values(), default=0) < 1:
+        raise _refused(file, "tensors of impossible shapes")
+    config = {
+        "model": {"variant": "simba", **sizes, "dropout": 0.0},
+        "text": {"name": "google/flan-t5-base", "fill": FILL},
+        "codec": "dac",
+    }
+    return config, tensors
+
+
+def _names(blocks, codebooks):
+    """{our name, less "lm.": theirs} for every tensor of the model."""
+    names = {}
+    for kind in ("weight", "bias"):
+        names[f"text_proj.{kind}"] = f"condition_linear.{kind}"
+        names[f"text_norm.{kind}"] = f"condition_norm.{kind}"
+    for k in range(codebooks):
+        names[f"embeddings.{k}.weight"] = f"embedding.{k}.weight"
+        names[f"heads.{k}.weight"] = f"lm_head.{k}.weight"
+    for i in range(blocks):
+        ours, block = f"blocks.{i}", f"backbone.{i}"
+        names[f"{ours}.norms.0.weight"] = f"{block}.mamba.norm.weight"
+        names[f"{ours}.norms.1.weight"] = f"{block}.ff.norm.weight"
+        for name in MAMBA:
+            names[f"{ours}.layers.0.{name}"] = f"{block}.mamba.mamba.{name}"
+        for kind in ("weight", "bias"):
+            names[f"{ours}.layers.1.up.{kind}"] = f"{block}.ff.feed_forward.0.{kind}"
+            names[f"{ours}.layers.1.down.{kind}"] = f"{block}.ff.feed_forward.3.{kind}"
+    return {ours: f"music_model.{theirs}" for ours, theirs in names.items()}
+
+
+def _state_dict(file):
+    """The file's tensors by their own names, less the text encoder's."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise _refused(file, "objects that might run code, which are not loaded") from None
+    except Exception:  # what torch raises depends on where the file breaks off
+        raise _refused(file, "part of a file, or none that torch.save made") from None
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise _refused(file, "no state_dict of named tensors")
+    return {name: v for name, v in state.items() if not name.startswith("text_encoder.")}
+
+
+def _refused(file, what):
+    return ValueError(f"no checkpoint at {file}: it holds {what}; {REMEDY}")
