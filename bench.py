@@ -3,6 +3,7 @@
     python bench.py kernel                 the SSD on a GPU: forward, backward, a step of decoding
     python bench.py kernel --device cpu    the PyTorch form on a CPU
     python bench.py generate               seconds of audio a second, at the paper's size
+    python bench.py train                  training steps of the paper's size: tokens a second
 
 Every line of a table is a contender: ours, and those peers that are installed. Repeats are
 interleaved (a machine that gets warm slows all of them), the figures are medians, and beside them
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ssd_kernel
+from budget import products_per_second
 from model import (
     VARIANTS,
     KVCache,
@@ -308,13 +310,10 @@ def scan_on_cpu(name, shape, chunks, repeats):
     for _ in range(3):
         for contender, Q in list(found):
             job = ["--child", contender, "--chunk", str(Q), "--repeats", str(repeats)]
-            job = [sys.executable, __file__, "kernel", *job, "--shape", ",".join(map(str, shape))]
-            run = subprocess.run(job, capture_output=True, text=True)
-            if run.returncode:
-                print(f"without {contender}: {run.stderr.splitlines()[-1]}")
+            if (result := in_child("kernel", [*job, "--shape", ",".join(map(str, shape))])) is None:
                 del found[contender, Q]
             else:
-                found[contender, Q].append(json.loads(run.stdout.splitlines()[-1]))
+                found[contender, Q].append(result)
     for (contender, Q), runs in found.items():
         seconds = median(t for run in runs for t in run["times"])
         megabytes = median(run["megabytes"] for run in runs)
@@ -507,21 +506,118 @@ def generate(args):
                 for name in list(found):
                     job = ["--child", name, "--batch", str(batch), "--seconds", str(seconds)]
                     job += ["--steps", str(args.steps), "--device", device]
-                    run = subprocess.run(
-                        [sys.executable, __file__, "generate", *job], capture_output=True, text=True
-                    )
-                    if run.returncode:
-                        reason = (run.stderr.splitlines() or [f"exit {run.returncode}"])[-1]
-                        print(f"without {name}: {reason[:100]}")
+                    if (result := in_child("generate", job)) is None:
                         del found[name]
                     else:
-                        found[name].append(json.loads(run.stdout.splitlines()[-1]))
+                        found[name].append(result)
             for name, runs in found.items():
                 ms = [median(times) for times in zip(*(run["ms"] for run in runs))]
                 whole = simpson(ms) * runs[0]["frames"] / 1e3
                 rate = simpson(runs[0]["moved"]) / simpson(ms) / 1e6
                 print(f"{name:16}{ms[0]:18.2f}{ms[2]:9.2f}{batch * seconds / whole:13.4f}"
                       f"{rate:7.1f}{median(run['megabytes'] for run in runs):9.0f}")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Training: a step of the paper's size, on random tokens, without the text encoder
+
+
+class TheirMamba2(nn.Module):
+    """mamba_ssm's Mamba-2 in the place of ours: the block of the authors' code."""
+
+    def __init__(self, config):
+        super().__init__()
+        from mamba_ssm import Mamba2 as Theirs
+
+        sizes = dict(d_state=config.d_state, headdim=config.headdim, expand=config.expand)
+        self.mamba = Theirs(config.d_model, **sizes)
+
+    def forward(self, h, context):
+        return self.mamba(h), None
+
+
+def trained(name):
+    """-> the language model of a contender"""
+    lm = MusicLM(LMConfig(variant=name.removesuffix(", mamba_ssm")))
+    if name.endswith(", mamba_ssm"):
+        for block in lm.blocks:
+            for i, layer in enumerate(block.layers):
+                if isinstance(layer, Mamba2):
+                    block.layers[i] = TheirMamba2(lm.config)
+    return lm
+
+
+TRAINED = [*VARIANTS, "simba, mamba_ssm"]
+
+
+def train_child(name, batch, seconds, steps, device, compiled, recompute):
+    """Runs in the child: seconds of each step, parameters and the peak, as JSON."""
+    torch.manual_seed(0)
+    lm = trained(name).to(device).train()
+    lm.recompute = recompute
+    optimizer = torch.optim.AdamW(lm.parameters(), 1e-4, fused=True)
+    run = torch.compile(lm, dynamic=False) if compiled else lm
+    frames, times = round(seconds * FRAME_RATE), []
+    codes = torch.randint(1024, (batch, 1, frames), device=device)
+    text = torch.randn(batch, 64, 768, device=device)
+    mask = torch.ones(batch, 64, dtype=torch.bool, device=device)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(steps + 2):  # two for compiling and for warming up
+        wait()
+        begun = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, multiplies_bf16(torch.device(device))):
+            logits = run(codes, text, mask)
+        F.cross_entropy(logits.float().flatten(0, 2), codes.flatten()).backward()
+        nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        wait()
+        times.append(time.perf_counter() - begun)
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    count = sum(p.numel() for p in lm.parameters())
+    print(json.dumps(dict(times=times[2:], parameters=count, megabytes=peak)))
+
+
+def train(args):
+    """Tokens a second, share of the device's rate, and memory of the paper's training step."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    batch, seconds = args.batch[0], args.seconds[0]
+    options = args.steps, device, not args.no_compile, args.recompute
+    if args.child:
+        return train_child(args.child, batch, seconds, *options)
+    rate = products_per_second(torch.device(device))
+    print(f"{batch} x {seconds:g} s, {device}, torch {torch.__version__}; products at "
+          f"{rate / 1e12:.2f} TFLOP/s; MFU: 6 x parameters x tokens, of that")  # fmt: skip
+    print(f"{'':18}{'ms a step':>11}{'tokens / s':>12}{'MFU':>7}{'peak MB':>9}")
+    found = {name: [] for name in args.only or TRAINED}
+    for _ in range(args.rounds):
+        for name in list(found):
+            job = ["--child", name, "--batch", batch, "--seconds", seconds, "--device", device]
+            job += ["--steps", args.steps, "--recompute", args.recompute]
+            job += ["--no-compile"] * args.no_compile
+            if (result := in_child("train", job)) is None:
+                del found[name]
+            else:
+                found[name].append(result)
+    tokens = batch * round(seconds * FRAME_RATE)
+    for name, runs in found.items():
+        step = median(t for run in runs for t in run["times"])
+        share = 6 * runs[0]["parameters"] * tokens / step / rate
+        print(f"{name:18}{step * 1e3:11.1f}{tokens / step:12,.0f}{share:7.1%}"
+              f"{median(run['megabytes'] for run in runs):9.0f}")  # fmt: skip
+
+
+def in_child(command, job):
+    """What a child of this program prints as JSON; None, and a line that says why, if it fails."""
+    job = [sys.executable, __file__, command, *map(str, job)]
+    run = subprocess.run(job, capture_output=True, text=True)
+    if run.returncode == 0:
+        return json.loads(run.stdout.splitlines()[-1])
+    reason = (run.stderr.splitlines() or [f"exit {run.returncode}"])[-1]
+    print(f"without {job[job.index('--child') + 1]}: {reason[:100]}")
 
 
 def main():
@@ -543,6 +639,17 @@ def main():
     command.add_argument("--rounds", type=int, default=3, help="of all contenders in turn [3]")
     command.add_argument("--only", nargs="+", choices=list(GENERATORS), help="[all of them]")
     command.add_argument("--child", choices=list(GENERATORS), help=argparse.SUPPRESS)
+    command = commands.add_parser("train", help=train.__doc__)
+    command.set_defaults(run=train)
+    command.add_argument("--device", choices=["cuda", "cpu"], help="[cuda where there is one]")
+    command.add_argument("--seconds", type=float, nargs=1, default=[30], help="of a clip [30]")
+    command.add_argument("--batch", type=int, nargs=1, default=[4], help="clips [4]")
+    command.add_argument("--steps", type=int, default=10, help="timed [10]")
+    command.add_argument("--rounds", type=int, default=2, help="of all contenders in turn [2]")
+    command.add_argument("--recompute", type=int, default=6, help="blocks, as in train.py [6]")
+    command.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    command.add_argument("--only", nargs="+", choices=TRAINED, help="[all of them]")
+    command.add_argument("--child", choices=TRAINED, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.run(args)
 
