@@ -127,7 +127,7 @@ def parse_arguments(argv):
     add("--continue", dest="continue_file", metavar="FILE", help="audio to go on from")
     add("--steps", type=int, help="of the refiner: more are slower, and 100 are the paper's [25]")
     add("--no-refiner", action="store_true", help="play the first stage's codes alone")
-    add("--checkpoint", help="a checkpoint's folder, or the authors' .ckpt [the newest in out/, or toy/]")
+    add("--checkpoint", help="a folder, or the authors' .ckpt [the newest in out/, else in toy/]")
     add("--refiner", help="folder of a refiner [the newest in out/, else the one in toy/]")
     add("--out", help="a .wav, .flac or .ogg file, or a folder [PROMPT.wav here]")
     add("--play", action="store_true", help="play the (first) sample while it is made")
