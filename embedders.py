@@ -132,7 +132,9 @@ class CLAP_:
 class PaperRuler:
     """The three networks behind the toy judge's interface."""
 
-    names = dict(fd="FD_openl3", kl="KL", clap="CLAP")
+    # stable-audio-metrics embeds mono twice, as left and right, which doubles the distance exactly;
+    # the paper does not say whether it did.
+    names = dict(fd="FD_openl3", fd_doubled="FD_openl3, mono twice", kl="KL", clap="CLAP")
 
     def __init__(self, clap=CLAP_NAME, kl_average="clips"):
         self.kl_average = kl_average

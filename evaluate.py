@@ -283,8 +283,11 @@ def quality(ruler, task, heard, captions) -> dict:
     kl = kl_divergences(tags, task.tags).reshape(len(tags), -1).mean(1)  # over segments, if any
     clap = clap_scores(heard.embedding, ruler.read(captions))
     fd = frechet_distance(torch.cat(list(heard.frames)), references)
-    return {
-        ruler.names["fd"]: (fd, frechet_interval(heard.frames, references)),
+    low, high = frechet_interval(heard.frames, references)
+    figures = {ruler.names["fd"]: (fd, (low, high))}
+    if "fd_doubled" in ruler.names:
+        figures[ruler.names["fd_doubled"]] = 2 * fd, (2 * low, 2 * high)
+    return figures | {
         ruler.names["kl"]: (kl.mean(), interval(kl)),
         ruler.names["clap"]: (clap.mean(), interval(clap)),
     }
@@ -476,14 +479,14 @@ def figure2(args):
     rows, _ = measure(args.systems, ruler, task)
     points = {}
     for system, (_, cells) in zip(args.systems, rows[len(task.real) :]):
-        points.setdefault(named(system)[0], []).append((read_config(system)["step"], cells))
+        points.setdefault(named(system)[0], []).append((read_config(system).get("step", 0), cells))
     series = {}
     for name, found in points.items():
         found.sort(key=lambda p: p[0])
-        columns = {c: [cells[c] for _, cells in found] for c in ruler.names.values()}
+        columns = {c: [cells[c] for _, cells in found] for c in drawn(ruler)}
         series[name] = ([step for step, _ in found], columns)
     name, cells = rows[len(task.real) - 1]  # what one codebook of real clips has
-    levels = {name: {c: cells[c][0] for c in ruler.names.values()}}
+    levels = {name: {c: cells[c][0] for c in drawn(ruler)}}
     draw_metrics(RESULTS / f"figure2-{task.name}", series, ruler, "training step", levels)
 
 
@@ -502,10 +505,10 @@ def kappa(args):
         found.append(quality(ruler, task, heard, captions) | following(task, heard))
     names = [f"{k} codebooks" for k in range(1, codec.codebooks + 1)]
     report("kappa", "The codec with 1 to 9 codebooks", [*zip(names, found)], task.about)
-    columns = {c: [cells[c] for cells in found] for c in ruler.names.values()}
+    columns = {c: [cells[c] for cells in found] for c in drawn(ruler)}
     real = quality(ruler, task, task.real[0][1], captions)
     series = {"codec": ([*range(1, codec.codebooks + 1)], columns)}
-    levels = {"real clips": {c: real[c][0] for c in ruler.names.values()}}
+    levels = {"real clips": {c: real[c][0] for c in drawn(ruler)}}
     draw_metrics(RESULTS / "kappa", series, ruler, "codebooks (κ)", levels)
 
 
@@ -518,7 +521,7 @@ def figure3(args):
         (file,), _ = music(system, [figures.JAZZ_REGGAE], 10.0)
         name, folder = named(system)[0], Path(system)
         if (folder / "config.json").exists():
-            name += f", step {read_config(folder)['step']:,}"
+            name += f", step {read_config(folder).get('step', 0):,}"
         mel = mel_spectrogram(read_audio(file), relative=False)[0]
         clips[f"{name} ({folder.name})"] = mel
     title = figures.JAZZ_REGGAE.split(".")[0] + " ..."
@@ -526,9 +529,13 @@ def figure3(args):
     print(f"{RESULTS / 'figure3'}.png and .svg")
 
 
+def drawn(ruler):
+    """The columns of a figure, and where better is."""
+    return {ruler.names[k]: better for k, better in dict(fd="down", kl="down", clap="up").items()}
+
+
 def draw_metrics(path, series, ruler, xlabel, levels):
-    better = dict(zip(ruler.names.values(), ("down", "down", "up")))
-    figures.curves(path, series, better, xlabel, levels)
+    figures.curves(path, series, drawn(ruler), xlabel, levels)
     print(f"{path}.png and .svg")
 
 
