@@ -269,6 +269,7 @@ def parse_arguments(argv):
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="toy", choices=PRESETS, help="sizes and schedule [toy]")
     first.add_argument("--resume", metavar="RUN", help="go on with this run's folder")
+    first.add_argument("--init-from", default="")
     first.add_argument("--dry-run", action="store_true", help="say what it would cost, and end")
     kinds = ", ".join([*VARIANTS, "refiner"])
     first.add_argument("--variant", default="simba", help=f"what to train: {kinds} [simba]")
@@ -278,6 +279,9 @@ def parse_arguments(argv):
     if known.preset not in presets:
         raise ValueError(f"a {known.variant} has no preset {known.preset!r}: {', '.join(presets)}")
     preset = presets[known.preset] | ({} if refining else dict(variant=known.variant))
+    if known.init_from:  # what it knows already would be shaken off by large steps and short crops
+        preset["lr"] = preset.get("lr", TrainConfig.lr) / 6
+        preset["crop"] = max(preset.get("crop", TrainConfig.crop), 3.0)
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
