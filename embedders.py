@@ -15,6 +15,7 @@ file that was fetched by hand is found as well.
 S samples · n windows · W frames
 """
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -95,7 +96,8 @@ class PaSST:
         from hear21passt.base import get_basic_model
 
         weights(PASST)
-        self.model = get_basic_model(mode="logits", arch="passt_s_swa_p16_128_ap476").eval()
+        with contextlib.redirect_stdout(None):  # it prints all of its layers
+            self.model = get_basic_model(mode="logits", arch="passt_s_swa_p16_128_ap476").eval()
 
     def __call__(self, audio):
         with torch.inference_mode():

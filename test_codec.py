@@ -248,6 +248,37 @@ def test_dac_adapter_gives_the_models_own_codes_and_audio(random_dac):
         )
 
 
+def test_both_packages_give_the_same_codes_for_the_same_weights(random_dac):
+    """In the environment of requirements-paper.txt, where descript-audio-codec can be imported."""
+    dac = pytest.importorskip("dac")
+    theirs = dac.DAC(
+        encoder_dim=4, encoder_rates=[2, 4, 8, 8], decoder_dim=32, decoder_rates=[8, 8, 4, 2],
+        n_codebooks=9, codebook_size=64, codebook_dim=8, sample_rate=44100,
+    ).eval()  # fmt: skip
+    has_weights = lambda m: "alpha" in m._parameters or hasattr(m, "weight")
+    with torch.no_grad():
+        for layer in theirs.modules():
+            if hasattr(layer, "weight_g"):
+                torch.nn.utils.remove_weight_norm(layer)
+        for part in ("encoder", "decoder"):  # both list their layers in the order they are run
+            pairs = zip(
+                *(filter(has_weights, getattr(m, part).modules()) for m in (random_dac, theirs))
+            )
+            for ours, other in pairs:
+                for name, value in ours._parameters.items():
+                    other._parameters[name].copy_(value)
+        for ours, other in zip(random_dac.quantizer.quantizers, theirs.quantizer.quantizers):
+            other.load_state_dict(ours.state_dict())
+    audio = torch.stack([chords(seed)[: 512 * 40] for seed in (1, 2)])
+    one, two = DACCodec(random_dac), DACCodec(theirs)
+    codes = one.encode(audio)
+    assert torch.equal(two.encode(audio), codes)
+    assert torch.equal(theirs.encode(audio[:, None])[1], codes)
+    for k in (1, 9):
+        expected = one.decode(one.from_codes(codes[:, :k]))
+        torch.testing.assert_close(two.decode(two.from_codes(codes[:, :k])), expected)
+
+
 def test_dac_decodes_long_audio_in_windows_as_if_at_once(random_dac):
     adapter = DACCodec(random_dac)
     codes = torch.randint(64, (9, 300), generator=torch.Generator().manual_seed(0))

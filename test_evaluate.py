@@ -283,6 +283,27 @@ def fake_networks(monkeypatch, tmp_path):
     return given
 
 
+def test_the_packages_themselves_answer_with_random_weights(monkeypatch, tmp_path):
+    """In the environment of requirements-paper.txt; CLAP wants RoBERTa from the hub besides."""
+    openl3, passt = (
+        pytest.importorskip(name) for name in ("torchopenl3.models", "hear21passt.models.passt")
+    )
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    networks = {
+        embedders.OPENL3: openl3.PytorchOpenl3(
+            input_repr="mel256", content_type="music", embedding_size=512
+        ),
+        embedders.PASST: passt.get_model(arch="passt_s_swa_p16_128_ap476", pretrained=False),
+    }
+    for url, network in networks.items():
+        torch.save(network.state_dict(), tmp_path / "hub/checkpoints" / url.rsplit("/", 1)[1])
+    audio = 0.1 * sine(440, 12.0)
+    frames, logits = embedders.OpenL3()(audio), embedders.PaSST()(audio)
+    assert frames.shape == (24, 512) and logits.shape == (1, 527)
+    assert frames.isfinite().all() and logits.isfinite().all()
+
+
 def test_the_networks_get_audio_as_the_paper_gave_it(monkeypatch, tmp_path):
     given = fake_networks(monkeypatch, tmp_path)
     ruler = embedders.PaperRuler()
