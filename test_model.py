@@ -203,6 +203,18 @@ def test_a_large_model_samples_in_bf16_and_compiled_and_repeats_itself(monkeypat
     torch.testing.assert_close(stepped.float(), forward.float(), rtol=0.1, atol=0.3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("variant", model.VARIANTS)
+def test_a_recorded_step_is_the_step(variant, monkeypatch):
+    lm, encoder = tiny(variant)
+    lm, encoder = lm.cuda(), encoder.cuda()
+    recorded = run(lm, encoder, CAPTIONS, [0, 1, 2, 3])
+    monkeypatch.setattr(
+        model, "_stepper", lambda lm, _, state: lambda column: lm.step(column, state)
+    )
+    assert torch.equal(recorded, run(lm, encoder, CAPTIONS, [0, 1, 2, 3]))
+
+
 def test_guidance_1_is_conditional_and_0_is_the_negative_prompt():
     lm, encoder = tiny()
     plain = run(lm, encoder, ["jazz"], [7], guidance=1.0, lanes=4)

@@ -252,6 +252,7 @@ def main(argv=None):
                 sys.exit(130)
 
     if ranks > 1:
+        wait_for(ranks)  # nobody hangs up while another still speaks
         dist.destroy_process_group()
     if rank > 0:
         return
