@@ -80,8 +80,9 @@ def spectrograms(path, clips, title):
     plt = pyplot()
     rows = -(-len(clips) // 2)
     figure, axes = plt.subplots(
-        rows, 2, figsize=(12, 3.1 * rows), sharex=True, sharey=True, squeeze=False
-    )
+        rows, 2, figsize=(12, 3.1 * rows + 0.6), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     top = max(float(mel.max()) for mel in clips.values())
     for axis in axes.flat[len(clips) :]:
         axis.set_axis_off()

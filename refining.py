@@ -30,7 +30,7 @@ from codec import load_codec, mel_distance
 from data import Clips
 from diffusion import load_refiner, refine
 from evaluate import RESULTS, report
-from metrics import frechet_distance, interval
+from metrics import around, frechet_distance, interval
 from model import entry, load_text_encoder, read_config
 from sample import SHIPPED_REFINER
 
@@ -64,7 +64,7 @@ def measure(name, codec, audio, rendered, true, codes, seconds=None):
         value = frechet_distance(frames(mine), frames(reference))
         draws = np.random.default_rng(0).integers(len(mine), size=(50, len(mine)))
         drawn = [frechet_distance(frames(mine[d]), frames(reference[d])) for d in draws]
-        cells[column] = value, tuple(np.percentile(drawn, [2.5, 97.5]))
+        cells[column] = value, around(value, drawn)
     flux = lambda z: z.diff(dim=2).abs().mean((1, 2))  # (B,)
     ratio = (flux(mine) / flux(nine)).numpy()
     cells["flux"] = (flux(mine).mean() / flux(nine).mean()).item(), interval(ratio)
@@ -97,7 +97,7 @@ def picture(path, columns):
             axis.set(title=name if row == 0 else "", xlabel="seconds" if row == 3 else "")
         line[0].set_ylabel("band")
     figure.tight_layout()
-    figure.savefig(path, dpi=70)
+    figure.savefig(path, dpi=55)
     plt.close(figure)
 
 
