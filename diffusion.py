@@ -230,6 +230,7 @@ class RefinerConfig:
     codebook_size: int = 1024  # codes of a codebook
     d_text: int = 768  # width of the text encoder's output
     timesteps: int = 100  # T, steps from data to noise
+    window: int = 861  # frames refined at once: as many as the clips of its training had
 
     def __post_init__(self):
         if self.backbone not in MIXERS:
@@ -340,9 +341,9 @@ def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, g
 # ------------------------------------------------------------------------------------------------
 # 4  Refining
 
-WINDOW = 896  # frames (10.4 s) that are refined at once
-KNOWN = 64  # frames that a window takes over from the one before, and goes on from
-AHEAD = 32  # frames at a window's end that are made only to be looked at, and made anew
+# Of a window, the shares that it takes over from the one before, to go on from, and that are made
+# only to be looked at, and made anew.
+KNOWN, AHEAD = 1 / 8, 1 / 16
 
 
 @torch.inference_mode()
@@ -352,7 +353,8 @@ def refine(
     """Pieces (1, l) of first-codebook codes, cut anywhere -> pieces (K, l) of all codebooks, whose
     first row is what was given. As many frames come out as went in.
 
-    Music of any length is refined in windows, in constant memory. A window's first frames are
+    Music of any length is refined in windows as long as the clips of training, for over longer ones
+    what is made comes out too near the mean; and in constant memory. A window's first frames are
     those that the window before has finished: they are held to what they are at every step, and
     the others go on from them, as an inpainted picture from its frame. In the same way all of it
     goes on from `heard` (K, T), which is not yielded.
@@ -360,16 +362,17 @@ def refine(
     guidance: v = u + guidance (c - u), u being what is told with no text and no sketch; steps:
     see `denoise`. The same codes, prompt and seed give the same codes, to the last bit.
     """
-    device, windows = refiner.out.weight.device, 0
+    device, windows, window = refiner.out.weight.device, 0, refiner.config.window
+    known, ahead = int(KNOWN * window), int(AHEAD * window)
     text = encoder.pooled([prompt, ""])
     # The codes of the frames in the window: the coarse so far, the fine of the finished ones.
     heard = torch.empty(refiner.config.codebooks, 0, dtype=torch.long) if heard is None else heard
-    coarse, fine = heard[:1, -KNOWN:], heard[1:, -KNOWN:]
+    coarse, fine = heard[:1, -known:], heard[1:, -known:]
 
     def paint(coarse, fine, generator):
         """coarse (1, L), fine (K - 1, l < L) -> fine codes (K - 1, L)"""
         given = torch.cat([coarse[:, : fine.shape[1]], fine])[None].to(device)
-        known, _ = refiner.signal(codec, given)
+        finished, _ = refiner.signal(codec, given)
         _, sketch = refiner.signal(codec, coarse[None].to(device))
         halves = torch.tensor([True, False], device=device)[: 1 if guidance == 1 else 2]
         for_all = lambda v: v.expand(len(halves), -1, -1)
@@ -380,22 +383,22 @@ def refine(
             return v[:1] if guidance == 1 else v[1:] + guidance * (v[:1] - v[1:])
 
         noise = torch.randn(1, len(refiner.limit), coarse.shape[1], generator=generator).to(device)
-        x0 = denoise(predict, noise, refiner.schedule, steps, generator, known, refiner.limit)
+        x0 = denoise(predict, noise, refiner.schedule, steps, generator, finished, refiner.limit)
         return torch.cat([fine, refiner.snap(codec, x0)[0, :, fine.shape[1] :].cpu()], 1)
 
     for piece in itertools.chain(pieces, [None]):  # None: that was all
         coarse = coarse if piece is None else torch.cat([coarse, piece], 1)
-        while coarse.shape[1] > (fine.shape[1] if piece is None else WINDOW):
-            last = coarse.shape[1] <= WINDOW
-            end = coarse.shape[1] if last else WINDOW - AHEAD
+        while coarse.shape[1] > (fine.shape[1] if piece is None else window):
+            last = coarse.shape[1] <= window
+            end = coarse.shape[1] if last else window - ahead
             generator = torch.Generator().manual_seed(seed + (windows << 32))
             made, begun, windows = (
-                paint(coarse[:, :WINDOW], fine, generator),
+                paint(coarse[:, :window], fine, generator),
                 fine.shape[1],
                 windows + 1,
             )
             yield torch.cat([coarse[:, begun:end], made[:, begun:end]])
-            coarse, fine = coarse[:, max(0, end - KNOWN) :], made[:, max(0, end - KNOWN) : end]
+            coarse, fine = coarse[:, max(0, end - known) :], made[:, max(0, end - known) : end]
 
 
 def is_refiner(config) -> bool:

@@ -13,10 +13,12 @@ other way to be right, stand two figures that do not:
   flux  mean |change| of a band from frame to frame, over that of the nine true codebooks: below 1
         the music is smeared, above 1 it flickers
 
-Needs FluidSynth, to render the held-out clips. Writes results/refiner.md, .csv and a picture.
+Needs FluidSynth, to render the held-out clips. Writes results/refiner.md, .csv, a picture of four
+clips and, of runs that lie beside their log, the loss curves.
 """
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import trange
 
+import figures
 import toy
 from codec import load_codec, mel_distance
 from data import Clips
@@ -78,13 +81,30 @@ def measure(name, codec, audio, rendered, true, codes, seconds=None):
     return name, cells
 
 
+def loss_curves(path, folders, smooth=50):
+    """The training losses of runs, from the log.jsonl above each checkpoint."""
+    plt = figures.pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for i, folder in enumerate(folders):
+        with open(folder.parent / "log.jsonl") as lines:
+            rows = [row for row in map(json.loads, lines) if "loss" in row]
+        losses = np.convolve([row["loss"] for row in rows], np.ones(smooth) / smooth, "valid")
+        shape = read_config(folder)["model"]
+        label = f"{shape['backbone']}, {shape['layers']} layers"
+        axis.plot(
+            [row["step"] for row in rows[smooth - 1 :]], losses, figures.COLOURS[i], label=label
+        )
+    axis.set(xlabel="step", ylabel="squared error of v, training")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def picture(path, columns):
     """Four clips below one another, each column (name, z (B, D, L)) a way to make them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = figures.pyplot()
     figure, axes = plt.subplots(4, len(columns), figsize=(5 * len(columns), 11), sharex=True)
     top = columns[-1][1].amax((1, 2))
     for row, line in enumerate(axes):
@@ -145,6 +165,8 @@ def main():
     about = f"{count} held-out clips of 10 s; {torch.get_num_threads()} threads."
     report("refiner", "The second stage, from true first codebooks", rows, about)
     picture(RESULTS / "refiner.png", [*shown, ("nine codebooks", codec.from_codes(true))])
+    if logged := [folder for folder in folders if (folder.parent / "log.jsonl").exists()]:
+        loss_curves(RESULTS / "refiner-loss.png", logged)
 
 
 if __name__ == "__main__":

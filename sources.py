@@ -63,6 +63,8 @@ class Track(NamedTuple):
 def audio_files(root):
     """Audio below `root`, sorted: [(path, why it cannot be used or "")]. Links to folders are
     followed, each folder once, so that loops end."""
+    if not os.path.isdir(root):
+        raise ValueError(f"{root} is no folder")
     seen, found = {os.path.realpath(root)}, []
     for folder, names, files in os.walk(
         root, followlinks=True, onerror=lambda e: found.append((e.filename, f"is no {e.strerror}"))

@@ -483,6 +483,8 @@ def test_no_audio_is_one_sentence_and_exit_2(tmp_path):
     _, err = run.communicate()
     assert run.returncode == 2 and err.count("\n") == 1 and "no audio" in err
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        data.main(["folder", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
 
 
 # ----------------------------------------------------------------------------------- the corpora --

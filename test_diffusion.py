@@ -32,6 +32,7 @@ def small(backbone="ssd", **options):
     """A random refiner of the toy codec, loud enough to say something, and a text encoder."""
     torch.manual_seed(0)
     config = dict(layers=2, d_model=32, d_state=8, headdim=16, chunk=16, attention_heads=4)
+    config |= dict(window=64)
     refiner = Refiner(RefinerConfig(backbone, **(config | dict(d_text=64) | options)))
     refiner.fit(CODEC)
     torch.nn.init.normal_(refiner.out.weight, std=0.3)
@@ -270,8 +271,8 @@ def run(refiner, encoder, given, seed=0, cut=100, **options):
 
 @pytest.fixture
 def short_windows(monkeypatch):
-    for name, frames in dict(WINDOW=64, KNOWN=16, AHEAD=8).items():
-        monkeypatch.setattr(diffusion, name, frames)
+    for name, share in dict(KNOWN=1 / 4, AHEAD=1 / 8).items():
+        monkeypatch.setattr(diffusion, name, share)
 
 
 @pytest.mark.parametrize("L", [1, 63, 64, 65, 150])

@@ -108,9 +108,9 @@ REFINER_PRESETS = {
     ),
     "toy": dict(
         text_encoder="toy", layers=6, d_model=128, d_state=32, headdim=32, chunk=32, d_text=128,
-        attention_heads=4, steps=1500, seconds=256 / FRAME_RATE, crop=256 / FRAME_RATE, batch=16,
-        accumulate=1, lr=2e-3, beta2=0.99, caption_dropout=0.2, ema=0.995, valid_every=250,
-        valid_clips=64, compile=False,
+        attention_heads=4, window=256, steps=1500, seconds=256 / FRAME_RATE, crop=256 / FRAME_RATE,
+        batch=16, accumulate=1, lr=2e-3, beta2=0.99, caption_dropout=0.2, ema=0.995,
+        valid_every=250, valid_clips=64, compile=False,
     ),
 }  # fmt: skip
 
