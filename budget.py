@@ -57,7 +57,9 @@ def kept(config, frames, batch, compiled) -> int:
     refining = isinstance(config, RefinerConfig)
     # The kernels' operator keeps less than the PyTorch form; it is what runs on a GPU, and without
     # contents to work on, its signature is all that is asked of it.
-    use_kernels = mock.patch.object(ssd_kernel, "available", lambda x: True)
+    use_kernels = mock.patch.multiple(
+        ssd_kernel, available=lambda x: True, triton=ssd_kernel.triton or "not asked either"
+    )
     bf16 = torch.autocast("cpu", torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True), use_kernels, bf16:
         model = (Refiner if refining else MusicLM)(config).train()

@@ -582,7 +582,7 @@ def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
             f"ssd_kernel takes bf16, fp16 or fp32 and a headdim up to 128, not {x.dtype} and "
             f"{x.shape[-1]}; use model.ssd_chunked"
         )
-    Q = max(16, triton.next_power_of_2(min(chunk, x.shape[1])))
+    Q = max(16, 1 << (min(chunk, x.shape[1]) - 1).bit_length())  # a power of two
     # The last chunk is filled up with dt = 0, frames that neither fade nor feed the state. The
     # cumulative sum begins anew in every chunk, or the small differences would lose their digits.
     missing = -x.shape[1] % Q
