@@ -20,7 +20,7 @@ Three things are listened to, because each shows one kind of factor plainly:
 Frames are summed up before anything is learned, so it trains in a minute of one core.
 
 It is trained on real clips that nothing else here has ever met (split seed 2 of toy.py), one in
-seven of them through the codec and back; it never hears generated audio.
+four of them through the codec and back; it never hears generated audio.
 
     python judge.py          makes toy/judge.safetensors anew (needs fluidsynth)
 
