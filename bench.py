@@ -37,7 +37,9 @@ from model import (
     MusicLM,
     _stepper,
     entry,
+    guided,
     multiplies_bf16,
+    precision,
     prepared,
     sample_tokens,
     ssd_chunked,
@@ -276,6 +278,36 @@ def mamba_ssm_step(layer, zxBCdt, state):
     )
 
 
+def in_child(command, job):
+    """What a child of this program prints as JSON; None, and a line that says why, if it fails."""
+    job = [sys.executable, __file__, command, *map(str, job)]
+    run = subprocess.run(job, capture_output=True, text=True)
+    if run.returncode == 0:
+        return json.loads(run.stdout.splitlines()[-1])
+    reason = (run.stderr.splitlines() or [f"exit {run.returncode}"])[-1]
+    print(f"without {job[job.index('--child') + 1]}: {reason[:100]}")
+
+
+def in_turn(command, jobs, rounds):
+    """Every job {key: arguments} of a command in a child of its own, one after the other, `rounds`
+    times -> {key: what its children printed}, without the jobs that failed."""
+    found = {key: [] for key in jobs}
+    for _ in range(rounds):
+        for key in list(found):
+            if (result := in_child(command, jobs[key])) is None:
+                del found[key]
+            else:
+                found[key].append(result)
+    return found
+
+
+def peak_megabytes(device):
+    """The most memory that this process has had."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 # ------------------------------------------------------------------------------------------------
 # On a CPU: every contender in a process of its own, which alone knows its peak of memory
 
@@ -306,14 +338,12 @@ def child(contender, shape, Q, repeats):
 def scan_on_cpu(name, shape, chunks, repeats):
     print(f"\n{name}: B {shape[0]} L {shape[1]} H {shape[2]} P {shape[3]} N {shape[4]}, fp32")
     print(f"{'':14}{'chunk':>6}{'forward + backward':>21}{'peak MB':>10}")
-    found = {(contender, Q): [] for Q in chunks for contender in CPU_CONTENDERS}
-    for _ in range(3):
-        for contender, Q in list(found):
-            job = ["--child", contender, "--chunk", str(Q), "--repeats", str(repeats)]
-            if (result := in_child("kernel", [*job, "--shape", ",".join(map(str, shape))])) is None:
-                del found[contender, Q]
-            else:
-                found[contender, Q].append(result)
+    size = ["--repeats", repeats, "--shape", ",".join(map(str, shape))]
+    found = in_turn(
+        "kernel",
+        {(c, Q): ["--child", c, "--chunk", Q, *size] for Q in chunks for c in CPU_CONTENDERS},
+        rounds=3,
+    )
     for (contender, Q), runs in found.items():
         seconds = median(t for run in runs for t in run["times"])
         megabytes = median(run["megabytes"] for run in runs)
@@ -350,35 +380,35 @@ TEXT = 16  # tokens of a prompt
 FRAME_RATE, MUSICGEN_RATE = 44100 / 512, 50  # frames a second
 
 
-def open_ours(variant, batch, frames, device):
-    """-> at(position): step(), and the bytes that a step at a position must read and write"""
+def paper_size(variant, device):
     torch.manual_seed(0)
     with torch.device(device):
         lm = MusicLM(LMConfig(variant=variant)).eval()
-    lm = prepared(lm, device)
-    half = torch.autocast(device, torch.bfloat16, multiplies_bf16(torch.device(device)), False)
-    weights = sum(p.numel() * p.element_size() for p in lm.blocks.parameters())
-    weights += sum(p.numel() * p.element_size() for p in lm.heads.parameters())
+    return prepared(lm, device)
+
+
+def open_ours(variant, batch, frames, device):
+    """-> at(position): step(), and the bytes that a step at a position must read and write"""
+    lm = paper_size(variant, device)
+    weights = sum(p.nbytes for p in lm.blocks.parameters())
+    weights += sum(p.nbytes for p in lm.heads.parameters())
     text = torch.randn(1, TEXT, 768, device=device).expand(2 * batch, -1, -1)
     mask = torch.ones(2 * batch, TEXT, dtype=torch.bool, device=device)
 
     def at(position):
-        with half:
+        with precision(lm):
             logits, state = lm.prefill(text, mask, room=frames + 16)
         state.position.add_(position)  # what the caches hold there is zeros, and takes as long
         run = None
-        grown = sum(v.numel() * v.element_size() for layers in state.blocks for layer in layers
-                    for v in layer if isinstance(layer, KVCache))  # fmt: skip
-        fixed = sum(v.numel() * v.element_size() for layers in state.blocks for layer in layers
-                    for v in layer if isinstance(layer, MambaState))  # fmt: skip
+        of = lambda kind: (v for block in state.blocks for s in block if type(s) is kind for v in s)
+        fixed, grown = (sum(v.nbytes for v in of(kind)) for kind in (MambaState, KVCache))
 
         def step():
             nonlocal logits, run
-            conditional, unconditional = logits.chunk(2)
-            mixed = unconditional + 3 * (conditional - unconditional)
+            mixed = guided(logits, 3)
             column = sample_tokens(mixed, torch.rand(batch, 1, device=device))
             column = torch.cat([column, column])
-            with half:
+            with precision(lm):
                 run = run or _stepper(lm, column, state)
                 logits = run(column)
 
@@ -389,12 +419,8 @@ def open_ours(variant, batch, frames, device):
 
 def open_rereading(variant, batch, frames, device):
     """As the authors' code does: all that there is so far, read anew for every token."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        lm = MusicLM(LMConfig(variant=variant)).eval()
-    lm = prepared(lm, device)
-    half = torch.autocast(device, torch.bfloat16, multiplies_bf16(torch.device(device)), False)
-    weights = sum(p.numel() * p.element_size() for p in lm.parameters())
+    lm = paper_size(variant, device)
+    weights = sum(p.nbytes for p in lm.parameters())
     text = torch.randn(2 * batch, TEXT, 768, device=device)
     mask = torch.ones(2 * batch, TEXT, dtype=torch.bool, device=device)
 
@@ -402,10 +428,9 @@ def open_rereading(variant, batch, frames, device):
         codes = torch.randint(1024, (2 * batch, 1, position + 1), device=device)
 
         def step():
-            with half:
-                conditional, unconditional = lm(codes, text, mask)[:, :, -1].chunk(2)
-            mixed = unconditional + 3 * (conditional - unconditional)
-            sample_tokens(mixed, torch.rand(batch, 1, device=device))
+            with precision(lm):
+                logits = lm(codes, text, mask)[:, :, -1]
+            sample_tokens(guided(logits, 3), torch.rand(batch, 1, device=device))
 
         return step, weights
 
@@ -420,7 +445,7 @@ def open_musicgen(dtype, batch, frames, device):
     torch.manual_seed(0)
     config = MusicgenDecoderConfig(use_cache=True)  # the defaults are MusicGen-small's
     decoder = MusicgenForCausalLM(config).to(device, dtype).eval()
-    weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
+    weights = sum(p.nbytes for p in decoder.parameters())
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     text = torch.randn(2 * batch, TEXT, config.hidden_size, device=device, dtype=dtype)
 
@@ -431,7 +456,7 @@ def open_musicgen(dtype, batch, frames, device):
             for i in range(config.num_hidden_layers):
                 kv = torch.zeros(2, 2 * batch, heads, position, width, device=device, dtype=dtype)
                 cache.self_attention_cache.update(*kv, i)
-                grown += kv.numel() * kv.element_size()
+                grown += kv.nbytes
         ids = torch.zeros(2 * batch * config.num_codebooks, 1, dtype=torch.long, device=device)
 
         def step():
@@ -439,8 +464,7 @@ def open_musicgen(dtype, batch, frames, device):
             logits = decoder(
                 ids, encoder_hidden_states=text, past_key_values=cache, use_cache=True
             ).logits[:, -1].view(2 * batch, config.num_codebooks, -1)  # fmt: skip
-            conditional, unconditional = logits.chunk(2)
-            mixed = unconditional + 3 * (conditional - unconditional)
+            mixed = guided(logits, 3)
             tokens = sample_tokens(
                 mixed, torch.rand(batch, config.num_codebooks, device=device), temperature=1.0
             )
@@ -478,11 +502,7 @@ def generate_child(name, batch, seconds, steps, device):
             wait()
             places.append((time.perf_counter() - begun) / count * 1e3)
             moved.append(size)
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(dict(ms=places, moved=moved, megabytes=peak, frames=frames)))
+    print(json.dumps(dict(ms=places, moved=moved, megabytes=peak_megabytes(device), frames=frames)))
 
 
 def simpson(values):
@@ -501,15 +521,18 @@ def generate(args):
             print(f"\n{seconds:g} s of audio, batch {batch}")
             print(f"{'':16}{'ms a step, begin':>18}{'end':>9}{'audio s / s':>13}{'GB/s':>7}"
                   f"{'peak MB':>9}")  # fmt: skip
-            found = {name: [] for name in args.only or GENERATORS}
-            for _ in range(args.rounds):
-                for name in list(found):
-                    job = ["--child", name, "--batch", str(batch), "--seconds", str(seconds)]
-                    job += ["--steps", str(args.steps), "--device", device]
-                    if (result := in_child("generate", job)) is None:
-                        del found[name]
-                    else:
-                        found[name].append(result)
+            job = [
+                "--batch",
+                batch,
+                "--seconds",
+                seconds,
+                "--steps",
+                args.steps,
+                "--device",
+                device,
+            ]
+            jobs = {name: ["--child", name, *job] for name in args.only or GENERATORS}
+            found = in_turn("generate", jobs, args.rounds)
             for name, runs in found.items():
                 ms = [median(times) for times in zip(*(run["ms"] for run in runs))]
                 whole = simpson(ms) * runs[0]["frames"] / 1e3
@@ -573,12 +596,8 @@ def train_child(name, batch, seconds, steps, device, compiled, recompute):
         optimizer.zero_grad(set_to_none=True)
         wait()
         times.append(time.perf_counter() - begun)
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     count = sum(p.numel() for p in lm.parameters())
-    print(json.dumps(dict(times=times[2:], parameters=count, megabytes=peak)))
+    print(json.dumps(dict(times=times[2:], parameters=count, megabytes=peak_megabytes(device))))
 
 
 def train(args):
@@ -592,32 +611,16 @@ def train(args):
     print(f"{batch} x {seconds:g} s, {device}, torch {torch.__version__}; products at "
           f"{rate / 1e12:.2f} TFLOP/s; MFU: 6 x parameters x tokens, of that")  # fmt: skip
     print(f"{'':18}{'ms a step':>11}{'tokens / s':>12}{'MFU':>7}{'peak MB':>9}")
-    found = {name: [] for name in args.only or TRAINED}
-    for _ in range(args.rounds):
-        for name in list(found):
-            job = ["--child", name, "--batch", batch, "--seconds", seconds, "--device", device]
-            job += ["--steps", args.steps, "--recompute", args.recompute]
-            job += ["--no-compile"] * args.no_compile
-            if (result := in_child("train", job)) is None:
-                del found[name]
-            else:
-                found[name].append(result)
+    job = ["--batch", batch, "--seconds", seconds, "--device", device, "--steps", args.steps]
+    job += ["--recompute", args.recompute, *["--no-compile"] * args.no_compile]
+    jobs = {name: ["--child", name, *job] for name in args.only or TRAINED}
+    found = in_turn("train", jobs, args.rounds)
     tokens = batch * round(seconds * FRAME_RATE)
     for name, runs in found.items():
         step = median(t for run in runs for t in run["times"])
         share = 6 * runs[0]["parameters"] * tokens / step / rate
         print(f"{name:18}{step * 1e3:11.1f}{tokens / step:12,.0f}{share:7.1%}"
               f"{median(run['megabytes'] for run in runs):9.0f}")  # fmt: skip
-
-
-def in_child(command, job):
-    """What a child of this program prints as JSON; None, and a line that says why, if it fails."""
-    job = [sys.executable, __file__, command, *map(str, job)]
-    run = subprocess.run(job, capture_output=True, text=True)
-    if run.returncode == 0:
-        return json.loads(run.stdout.splitlines()[-1])
-    reason = (run.stderr.splitlines() or [f"exit {run.returncode}"])[-1]
-    print(f"without {job[job.index('--child') + 1]}: {reason[:100]}")
 
 
 def main():

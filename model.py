@@ -677,6 +677,19 @@ def multiplies_bf16(device):
     return device.type == "cuda" or device.type == "cpu" and has()
 
 
+def precision(lm):
+    """The autocast that a `prepared` model runs under: bf16 where its matrices are."""
+    weight = lm.heads[0].weight
+    half = weight.dtype == torch.bfloat16
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+
+
+def guided(logits, guidance):
+    """Classifier-free guidance: logits of both halves (2 B, ...) -> (B, ...)."""
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
+
+
 def sample_tokens(logits, uniform, temperature=1.2, top_k=250, top_p=1.0):
     """One token per row by inverting the cumulative distribution.
 
@@ -732,12 +745,10 @@ def _generate_lanes(
     rows, K, device = len(prompts), len(lm.heads), next(lm.parameters()).device
     codes, fill = codes.to(device), lanes - rows
     room, step = frames + K - 1, None
-    half = lm.heads[0].weight.dtype == torch.bfloat16  # see `prepared`
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
     width = 1 if lm.config.prefix else encoder.max_tokens  # cross-attention sees one width
 
     def read(prompt, row):
-        with precision:
+        with precision(lm):
             return lm.prefill(*encoder([prompt], width), codes[row : row + 1], room)
 
     first = [read(prompt, row) for row, prompt in enumerate(prompts)]
@@ -763,8 +774,7 @@ def _generate_lanes(
             uniform = torch.stack([torch.rand(block, K, generator=g) for g in generators])
             uniform = torch.cat([uniform, uniform[:1].expand(fill, -1, -1)]).to(device)
         if guidance != 1:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + guidance * (conditional - unconditional)
+            logits = guided(logits, guidance)
         column = sample_tokens(
             logits, uniform[:, s % block], temperature, top_k, top_p
         )  # (lanes, K)
@@ -778,7 +788,7 @@ def _generate_lanes(
             done = []
         if s < frames + K - 2:
             column = column if guidance == 1 else torch.cat([column, column])
-            with precision:
+            with precision(lm):
                 step = step or _stepper(lm, column, state)
                 logits = step(column)
 

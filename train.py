@@ -120,7 +120,9 @@ def main(argv=None):
     refining = isinstance(model_config, RefinerConfig)
     device, rank, ranks = join_processes(config)
     if dry:
-        return dry_run(model_config, config, device)
+        toy_encoder = config.text_encoder == "toy"  # another need not be at hand
+        text = size(new_encoder("toy")) if toy_encoder else budget.FLAN_T5_BASE
+        return print_budget(model_config, config, text, device, dry=True)
     torch.manual_seed(config.seed)
     resuming = (run / "last").exists() or (run / "last.old").exists()
 
@@ -162,7 +164,10 @@ def main(argv=None):
         step, best = load_trainer(run / "last", lm, encoder, optimizer, ema)
         log.cut(step)
     if rank == 0:
-        print_budget(lm, encoder, config, train, device)
+        if lm.config.variant != "transformer":
+            print(ssd_kernel.path(device))
+        print_budget(lm.config, config, size(encoder), device)
+        print(f"{len(train):,} clips; on {device}")
 
     def save(name):
         extra = dict(train=asdict(config), step=step, best=best, codec=train.meta["codec"])
@@ -534,6 +539,10 @@ def make_optimizer(lm, encoder, config):
     return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), weight_decay=0.0, fused=True)
 
 
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 def named_parameters(lm, encoder):
     named = {f"lm.{name}": p for name, p in lm.named_parameters()}
     named |= {f"text.{name}": p for name, p in encoder.encoder.named_parameters()}
@@ -632,29 +641,17 @@ class Log:
         return sum(losses) / len(losses)
 
 
-def print_budget(lm, encoder, config, clips, device):
-    count, text = (sum(p.numel() for p in m.parameters()) for m in (lm, encoder))
-    tokens = seen_before(config.steps, config)[1]
-    if lm.config.variant != "transformer":
-        print(ssd_kernel.path(device))
-    print(budget.describe_cost(lm.config, config, count, tokens, text))
-    if device.type == "cuda":
-        frames, batch = stages(config)[-1][1:]
-        parts = budget.memory(lm.config, config, count, text, frames, batch)
-        print(budget.describe_memory(parts, device))
-    print(f"{len(clips):,} clips; on {device}")
-
-
-def dry_run(model_config, config, device):
-    """What a run would cost, told without data, weights or a text encoder at hand."""
-    small = config.text_encoder == "toy"
-    text = sum(p.numel() for p in new_encoder("toy").parameters()) if small else budget.FLAN_T5_BASE
+def print_budget(model_config, config, text, device, dry=False):
+    """What the run will cost, `text` being the text encoder's parameters; with `dry`, when nothing
+    else is told, the memory of a GPU that is not there as well, and the hours."""
     count, tokens = budget.parameters(model_config), seen_before(config.steps, config)[1]
-    frames, batch = stages(config)[-1][1:]
-    parts = budget.memory(model_config, config, count, text, frames, batch)
     print(budget.describe_cost(model_config, config, count, tokens, text))
-    print(budget.describe_memory(parts, device))
-    print(budget.describe_hours(count, tokens, device))
+    if dry or device.type == "cuda":
+        frames, batch = stages(config)[-1][1:]
+        parts = budget.memory(model_config, config, count, text, frames, batch)
+        print(budget.describe_memory(parts, device))
+    if dry:
+        print(budget.describe_hours(count, tokens, device))
 
 
 def plot(log, path):
