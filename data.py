@@ -111,18 +111,20 @@ class Clips:
         """Samples `first` ... `first + count - 1` of the endless seeded shuffle.
 
         describe(row, rng) -> caption. Returns codes (count, K, frames) int64, a random crop of each
-        clip, and `count` captions, some dropped to the empty string (classifier-free guidance).
+        clip; the frame (count,) of its clip where each begins; and `count` captions, some dropped
+        to the empty string (classifier-free guidance).
         """
-        codes, captions = [], []
+        codes, starts, captions = [], [], []
         for sample in range(first, first + count):
             epoch, place = divmod(sample, len(self))
             i = _permutation(len(self), seed, epoch)[place]
             rng = np.random.default_rng([seed, sample])
             start = rng.integers(max(self.rows[i]["frames"] - frames, 0) + 1)
             codes.append(self.codes(i, start, frames))
+            starts.append(int(start))
             caption = describe(self.rows[i], rng)
             captions.append("" if rng.random() < caption_dropout else caption)
-        return torch.from_numpy(np.stack(codes)), captions
+        return torch.from_numpy(np.stack(codes)), torch.tensor(starts), captions
 
 
 @functools.lru_cache(2)

@@ -2,6 +2,7 @@
 
     python evaluate.py                              the model that ships, beside real clips
     python evaluate.py out/simba/best mine/         checkpoints, and folders of 000.wav, 001.wav ...
+    python evaluate.py toy/lm+out/refiner/best      a checkpoint, and the second stage it is to have
     python evaluate.py musicgen-small out/simba/best --musiccaps musiccaps-public.csv --clips clips/
 
 Every table has the same columns, whatever listens: the toy world's judge (`judge.py`: FD_toy,
@@ -19,12 +20,14 @@ Markdown and CSV. The paper's tables and figures, each one command (figures.py):
     python evaluate.py figure2 out/simba/step-* out/transformer/step-*
     python evaluate.py figure3 SIMBA TRANSFORMER             spectrograms of one prompt
     python evaluate.py kappa                                 the codec with 1 ... 9 codebooks
+    python evaluate.py study                                 all of it, in the toy world (study.py)
 
 N clips · W frames of an embedding · D its size · C tags
 """
 
 import argparse
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -43,7 +46,6 @@ import toy
 from captions import mentions_vocals
 from codec import load_codec, mel_spectrogram, read_audio, write_audio
 from data import Clips
-from diffusion import load_refiner, refine
 from judge import heard_in_real_clips, load_judge, right
 from metrics import (
     clap_scores,
@@ -55,8 +57,8 @@ from metrics import (
     kl_divergences,
     longest_copies,
 )
-from model import entry, generate, load_checkpoint, load_text_encoder, prepared, read_config
-from sample import SHIPPED, find_refiner, newest_checkpoint
+from model import entry, generate, load_checkpoint, read_config
+from sample import SHIPPED, System, newest_checkpoint
 from sources import AUDIO, musiccaps_files, read_musiccaps
 
 CACHE = Path("out/eval")
@@ -74,7 +76,7 @@ def music(system, prompts, seconds, progress="") -> tuple[list, list]:
     if system == "musicgen-small":
         play, seal = musicgen, "musicgen-small"
     else:
-        play, seal = compose, fingerprint(Path(system))
+        play, seal = compose, fingerprint(system)
     about = json.dumps([seal, prompts, seconds])
     slug = re.sub(r"\W+", "-", str(system)).strip("-")[-40:]
     folder = CACHE / f"{slug}-{hashlib.sha1(about.encode()).hexdigest()[:10]}"
@@ -98,24 +100,27 @@ def is_audio(system):
     return Path(system).is_dir() and not (Path(system) / "config.json").exists()
 
 
-def compose(checkpoint, prompts, seconds, seeds):
+def compose(system, prompts, seconds, seeds):
     """Samples of a checkpoint, with the settings it was shipped with or the paper's (guidance 3,
     temperature 1.2, top 250), and its first codebook refined -> yields (audio (S,), codes)."""
-    config = read_config(checkpoint)
-    lm, encoder = load_checkpoint(checkpoint), load_text_encoder(checkpoint)
-    codec = load_codec(config["codec"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm, encoder = prepared(lm, device), encoder.to(device)
-    if second := find_refiner(lm, codec):
-        options = read_config(second).get("sampling", {})
-        refiner, its_encoder = load_refiner(second).to(device), load_text_encoder(second).to(device)
+    system = opened(*stages(system))
+    codec = system.codec
     frames = math.ceil(seconds * codec.sample_rate / codec.hop)
-    blocks = generate(lm, encoder, prompts, frames, seeds, **config.get("sampling", {}))
-    for prompt, seed, codes in zip(prompts, seeds, torch.cat(list(blocks), 2)):
-        if second:
-            pieces = refine(refiner, its_encoder, codec, prompt, [codes], seed, **options)
+    blocks = generate(system.lm, system.encoder, prompts, frames, seeds, **system.sampling)
+    for prompt, seed, codes in zip(prompts, seeds, torch.cat([*blocks], 2)):
+        if system.second:
+            pieces = system.refine(prompt, [codes], seed, **system.refining)
             codes = torch.cat([*pieces], 1)
         yield codec.decode(codec.from_codes(codes[None]))[0].numpy(), codes.numpy()
+
+
+def stages(system):
+    """CHECKPOINT or CHECKPOINT+REFINER -> the two folders, the second empty if it is to be found"""
+    first, _, second = str(system).partition("+")
+    return (str(system), "") if Path(system).exists() else (first, second)
+
+
+opened = functools.lru_cache(1)(System)
 
 
 def musicgen(name, prompts, seconds, seeds):
@@ -145,12 +150,14 @@ def musicgen(name, prompts, seconds, seeds):
         yield resample_poly(audio[0, 0].float().cpu().numpy(), 441, 320), None
 
 
-def fingerprint(checkpoint):
+def fingerprint(system):
     """A name for the weights and settings of a checkpoint, and of the second stage that refines
     it, that changes when they do."""
-    read_config(checkpoint)  # or says what is missing
-    folders = checkpoint, newest_checkpoint(refiner=True)
-    parts = [f / name for f in folders for name in ("config.json", "model.safetensors")]
+    first, second = stages(system)
+    read_config(first)  # or says what is missing
+    parts = []
+    for stage in (Path(first), Path(second or newest_checkpoint(refiner=True))):
+        parts += [stage / "config.json", stage / "model.safetensors"] if stage.is_dir() else [stage]
     return hashlib.sha1(b"".join(p.read_bytes() for p in parts if p.exists())).hexdigest()
 
 
@@ -371,8 +378,17 @@ def copied(rows, tokens):
 
 
 def report(name, title, rows, settings, paper=None):
-    """Prints a table, and writes it to results/NAME.md and .csv. paper: {row: {column: text}}, the
-    published figures, which stand beside ours in columns of their own."""
+    """Prints a table, and writes it to results/NAME.md and .csv."""
+    text = f"{title}\n\n{markdown(rows, paper)}\n\n{settings}\n"
+    print("\n" + text)
+    RESULTS.mkdir(exist_ok=True)
+    write(RESULTS / f"{name}.md", text)
+    write(RESULTS / f"{name}.csv", sheet(rows))
+
+
+def markdown(rows, paper=None):
+    """rows: [(name, {column: (value, interval or None, perhaps of how many)})] -> a table.
+    paper: {row: {column: text}}, the published figures, in columns of their own beside ours."""
     columns = list(dict.fromkeys(c for _, cells in rows for c in cells))
     theirs = list(dict.fromkeys(c for cells in (paper or {}).values() for c in cells))
     head = ["", *columns, *(f"{c}, paper" for c in theirs)]
@@ -381,27 +397,30 @@ def report(name, title, rows, settings, paper=None):
         shown = [cell_text(cells.get(c)) for c in columns]
         shown += [str((paper or {}).get(row, {}).get(c, "")) for c in theirs]
         lines.append(f"| {row} | {' | '.join(shown)} |")
-    text = f"{title}\n\n" + "\n".join(lines) + f"\n\n{settings}\n"
-    print("\n" + text)
-    RESULTS.mkdir(exist_ok=True)
-    write(RESULTS / f"{name}.md", text)
+    return "\n".join(lines)
+
+
+def sheet(rows):
+    """The same as CSV, an interval's ends in columns of their own."""
+    columns = list(dict.fromkeys(c for _, cells in rows for c in cells))
     text = io.StringIO()
-    sheet = csv.writer(text, lineterminator="\n")
-    sheet.writerow(["", *(f"{c}{part}" for c in columns for part in ("", " low", " high"))])
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["", *(f"{c}{part}" for c in columns for part in ("", " low", " high"))])
     for row, cells in rows:
-        found = (cells.get(c, ("", ("", ""))) for c in columns)
-        sheet.writerow([row, *(x for value, bounds, *_ in found for x in (value, *bounds))])
-    write(RESULTS / f"{name}.csv", text.getvalue())
+        found = (cells.get(c, ("", None)) for c in columns)
+        found = ((value, *(bounds or ("", ""))) for value, bounds, *_ in found)
+        lines.writerow([row, *(x for part in found for x in part)])
+    return text.getvalue()
 
 
 def cell_text(cell):
     if cell is None:
         return ""
-    value, (low, high), *count = cell
-    if count:
-        return f"{value:.0%} [{low:.0%}, {high:.0%}] of {count[0]}"
+    value, bounds, *count = cell
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    show = (lambda x: f"{x:.0%}") if count else (lambda x: f"{x:.{digits}f}")
+    text = show(value) + (f" [{show(bounds[0])}, {show(bounds[1])}]" if bounds else "")
+    return text + (f" of {count[0]}" if count else "")
 
 
 def write(path, text):
@@ -415,12 +434,17 @@ def write(path, text):
 
 def named(system):
     """A system as the paper calls it, and its parameters in millions."""
+    system = stages(system)[0]
     if not (Path(system) / "config.json").exists():
         return ("MusicGen-small" if system == "musicgen-small" else str(system)), None
     lm = load_checkpoint(system)
     name = figures.NAMES[lm.config.variant]
     name += f", {lm.config.codebooks} codebooks" if lm.config.codebooks > 1 else ""
     return name, sum(p.numel() for p in lm.parameters()) / 1e6
+
+
+def step_of(system):
+    return read_config(stages(system)[0]).get("step", 0)
 
 
 def paper_table(number, args, published, seconds=(10.0,), label=None):
@@ -465,7 +489,7 @@ def table2(args):
 
 def table4(args):
     """24, 12 and 6 blocks, 25 s."""
-    blocks = lambda system: f"{read_config(system)['model'].get('blocks', 24)} blocks"
+    blocks = lambda system: f"{read_config(stages(system)[0])['model'].get('blocks', 24)} blocks"
     theirs = {f"{n} blocks": f for n, f in figures.TABLE4.items()}
     paper_table("IV", args, lambda seconds: theirs, (25.0,), blocks)
 
@@ -479,7 +503,7 @@ def figure2(args):
     rows, _ = measure(args.systems, ruler, task)
     points = {}
     for system, (_, cells) in zip(args.systems, rows[len(task.real) :]):
-        points.setdefault(named(system)[0], []).append((read_config(system).get("step", 0), cells))
+        points.setdefault(named(system)[0], []).append((step_of(system), cells))
     series = {}
     for name, found in points.items():
         found.sort(key=lambda p: p[0])
@@ -519,9 +543,9 @@ def figure3(args):
     clips = {}
     for system in args.systems:
         (file,), _ = music(system, [figures.JAZZ_REGGAE], 10.0)
-        name, folder = named(system)[0], Path(system)
+        name, folder = named(system)[0], Path(stages(system)[0])
         if (folder / "config.json").exists():
-            name += f", step {read_config(folder).get('step', 0):,}"
+            name += f", step {step_of(system):,}"
         mel = mel_spectrogram(read_audio(file), relative=False)[0]
         clips[f"{name} ({folder.name})"] = mel
     title = figures.JAZZ_REGGAE.split(".")[0] + " ..."
@@ -539,9 +563,17 @@ def draw_metrics(path, series, ruler, xlabel, levels):
     print(f"{path}.png and .svg")
 
 
+def study(args):
+    """The paper's questions, asked in the toy world: trains what it needs."""
+    from study import study
+
+    study(args.quick)
+
+
 COMMANDS = dict(
-    table1=table1, table2=table2, table4=table4, figure2=figure2, figure3=figure3, kappa=kappa
-)
+    table1=table1, table2=table2, table4=table4, figure2=figure2, figure3=figure3, kappa=kappa,
+    study=study,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ command line ----
@@ -559,14 +591,18 @@ def parse_arguments(argv=None):
     add("--clips", metavar="FOLDER", help="... and the clips of that table")
     add("--seconds", type=float, default=10.0, help="length of a clip, with --musiccaps [10]")
     add("--clap", default="", help="another of laion-clap's checkpoints")
+    add("--quick", action="store_true", help="a study of half an hour")
     add("--kl-average", default="clips", choices=("clips", "segments"), help="of KL in long clips")
     args = parser.parse_args(argv)
     args.command = None
     if args.systems and args.systems[0] in COMMANDS:
         args.command = args.systems.pop(0)
     for system in args.systems:
-        if system != "musicgen-small" and not Path(system).is_dir():
-            read_config(Path(system))  # says that there is none
+        for stage in filter(None, stages(system)):
+            if system != "musicgen-small" and not Path(stage).is_dir():
+                read_config(stage)  # says that there is none
+    if args.quick and args.command != "study":
+        raise ValueError("--quick goes with `evaluate.py study`")
     if bool(args.musiccaps) != bool(args.clips):
         raise ValueError("--musiccaps CSV and --clips FOLDER belong together")
     if args.count is not None and args.count < 2:
@@ -578,7 +614,7 @@ def parse_arguments(argv=None):
 
 def open_task(args):
     """-> the ruler and the task that the command line asks for."""
-    checkpoints = [s for s in args.systems if (Path(s) / "config.json").exists()]
+    checkpoints = [f for f, _ in map(stages, args.systems) if (Path(f) / "config.json").exists()]
     codec = load_codec(read_config(checkpoints[0])["codec"] if checkpoints else "toy")
     if not args.musiccaps:
         judge = load_judge()

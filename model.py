@@ -394,6 +394,7 @@ class LMConfig:
     d_text: int = 768  # width of the text encoder's output
     dropout: float = 0.3  # after every layer and inside the feed-forward
     codebook_size: int = 1024  # codes; the id codebook_size is begin, "not yet" and nothing else
+    clock: str = "text"  # position 0 is the first token of the text, or of the music
     trained_frames: int = 2584  # positions beyond this hold the last one (see `_positions`)
 
     def __post_init__(self):
@@ -403,6 +404,8 @@ class LMConfig:
             raise ValueError(f"unknown mixer {self.mixer!r}: choose ff or einfft")
         if self.init not in ("mamba2", "memory"):
             raise ValueError(f"unknown init {self.init!r}: choose mamba2 or memory")
+        if self.clock not in ("text", "music"):
+            raise ValueError(f"unknown clock {self.clock!r}: choose text or music")
         if self.mixer == "einfft" and self.variant not in ("simba", "cross-simba"):
             raise ValueError(f"--mixer einfft goes with simba and cross-simba, not {self.variant}")
         if self.expand * self.d_model % self.headdim:
@@ -461,7 +464,8 @@ class MusicLM(nn.Module):
 
     `lm(codes (B,K,L), text (B,S,d_text), text_mask (B,S)) -> logits (B,K,L,V)`, where
     `logits[:, k, t]` predicts `codes[:, k, t]` from the text and earlier tokens. The begin token,
-    the shift and the delay pattern are the model's own business.
+    the shift and the delay pattern are the model's own business. start (B,): the codes are crops of
+    a clip that begin at this frame of it, which their positions tell.
     """
 
     def __init__(self, config: LMConfig):
@@ -479,9 +483,9 @@ class MusicLM(nn.Module):
             if name.endswith(("out_proj.weight", "out.weight", "down.weight")):
                 parameter.data /= math.sqrt(depth)
 
-    def forward(self, codes, text, text_mask):
+    def forward(self, codes, text, text_mask, start=None):
         K, L = codes.shape[1:]
-        h, _ = self._read(self.delay(codes)[:, :, : L + K - 1], text, text_mask)
+        h, _ = self._read(self.delay(codes)[:, :, : L + K - 1], text, text_mask, start)
         logits = torch.stack([head(h) for head in self.heads], 1)  # (B, K, L + K - 1, V)
         if K == 1:
             return logits
@@ -497,7 +501,7 @@ class MusicLM(nn.Module):
             columns[:, k, k + 1 : k + 1 + L] = codes[:, k]
         return columns
 
-    def _read(self, columns, text, text_mask):
+    def _read(self, columns, text, text_mask, start=None):
         """Reads text and columns (B, K, L) in parallel -> hidden (B, L, D) and the LMState."""
         text = self.text_norm(self.text_proj(text))  # (B, S, D)
         h = self._embed(columns)
@@ -509,11 +513,15 @@ class MusicLM(nn.Module):
             text = text.gather(1, order[..., None].expand_as(text))
             h = torch.cat([text, h], 1)
             mask = torch.cat([text_mask, text_mask.new_ones(B, L)], 1)
-            position = (mask.cumsum(1) - 1).clamp(min=0)
-            read = position[:, -1] + 1
+            if self.config.clock == "text":
+                position = (mask.cumsum(1) - 1).clamp(min=0)
+            else:  # the text has negative ones, and a beat's place in time does not depend on it
+                position = torch.arange(-text.shape[1], L, device=h.device).expand(B, -1)
         else:
             position = torch.arange(L, device=h.device).expand(B, L)
-            read = torch.full((B,), L, device=h.device)
+        if start is not None:
+            position = torch.cat([position[:, :-L], position[:, -L:] + start[:, None]], 1)
+        read = position[:, -1] + 1
         h = h + self._positions(position).to(h.dtype)
         context = Context(text, text_mask, mask)
         states = []

@@ -50,20 +50,22 @@ def most_frequent(train, codes):
     return torch.cat([codes[:, :1], best[:, codes[:, 0]].transpose(0, 1)], 1)
 
 
-def measure(name, codec, audio, rendered, true, codes, seconds=None):
-    """-> (name, {column: (value, interval)}) of codes (B, k, L) for clips with true ones (B, 9, L),
-    audio (B, S) and its log-band frames (B, D, L)"""
+def measure(name, codec, true, codes, seconds=None, audio=None, rendered=None):
+    """-> (name, {column: (value, interval)}) of codes (B, k, L) for clips with true ones (B, 9, L).
+    audio (B, S), the clips as rendered, and its log-band frames (B, D, L) add columns."""
     cells = {}
     with torch.inference_mode():
         nine, mine = codec.from_codes(true), codec.from_codes(codes)  # (B, D, L)
-        bar = trange(len(codes), desc=f"{name}, decoding", disable=None, leave=False)
-        mel = [
-            mel_distance(audio[i : i + 1], codec.decode(codec.from_codes(codes[i : i + 1])))
-            for i in bar
-        ]
+        if audio is not None:
+            bar = trange(len(codes), desc=f"{name}, decoding", disable=None, leave=False)
+            mel = [
+                mel_distance(audio[i : i + 1], codec.decode(codec.from_codes(codes[i : i + 1])))
+                for i in bar
+            ]
+            cells["mel distance, dB"] = np.mean(mel), interval(np.array(mel))
     frames = lambda z: z.mT.flatten(0, 1).numpy()
-    cells["mel distance, dB"] = np.mean(mel), interval(np.array(mel))
-    for column, reference in (("FD, nine codebooks", nine), ("FD, rendered", rendered)):
+    references = {"FD, nine codebooks": nine, "FD, rendered": rendered}
+    for column, reference in ((c, r) for c, r in references.items() if r is not None):
         value = frechet_distance(frames(mine), frames(reference))
         draws = np.random.default_rng(0).integers(len(mine), size=(50, len(mine)))
         drawn = [frechet_distance(frames(mine[d]), frames(reference[d])) for d in draws]
@@ -142,9 +144,9 @@ def main():
         toy.caption(valid.rows[i]["factors"], np.random.default_rng([17, i])) for i in range(count)
     ]
 
-    clips = codec, audio, codec.features(audio).mT, true
-    rows = [measure("codebook 1 alone", *clips, true[:, :1])]
-    rows.append(measure("most frequent", *clips, most_frequent(train, true)))
+    clips = dict(audio=audio, rendered=codec.features(audio).mT)
+    rows = [measure("codebook 1 alone", codec, true, true[:, :1], **clips)]
+    rows.append(measure("most frequent", codec, true, most_frequent(train, true), **clips))
     shown = [("codebook 1", codec.from_codes(true[:, :1]))]
     folders = [Path(folder) for folder in args.refiners] or [SHIPPED_REFINER]
     for folder in folders:
@@ -158,10 +160,10 @@ def main():
                 pieces = refine(refiner, encoder, codec, captions[i], [true[i, :1]], i, **options)
                 made.append(torch.cat([*pieces], 1))
                 seconds.append(time.time() - started)
-            rows.append(measure(name, *clips, torch.stack(made), seconds))
+            rows.append(measure(name, codec, true, torch.stack(made), seconds, **clips))
             if folder == folders[0] and len(shown) == 1:
                 shown.append((name, codec.from_codes(torch.stack(made))))
-    rows.append(measure("nine true codebooks", *clips, true))
+    rows.append(measure("nine true codebooks", codec, true, true, **clips))
     about = f"{count} held-out clips of 10 s; {torch.get_num_threads()} threads."
     report("refiner", "The second stage, from true first codebooks", rows, about)
     picture(RESULTS / "refiner.png", [*shown, ("nine codebooks", codec.from_codes(true))])

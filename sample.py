@@ -44,24 +44,17 @@ def main(argv=None):
     args = parse_arguments(argv)
     prompts = read_prompts(args)
     folder = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
-    config = read_config(folder)
-    lm, encoder = load_checkpoint(folder), load_text_encoder(folder)
-    codec = load_codec(config["codec"])
-    second = None if args.no_refiner else find_refiner(lm, codec, args.refiner)
-    sampling = {**config.get("sampling", {}), **given(args, "guidance temperature top_k top_p")}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm, encoder = prepared(lm, device), encoder.to(device)
-    if second:
-        refiner_config = read_config(second)
-        refiner, its_encoder = load_refiner(second).to(device), load_text_encoder(second).to(device)
-        refining = refiner_config.get("sampling", {}) | given(args, "steps")
-        if refining.get("steps", 1) > (T := refiner.config.timesteps):
-            raise ValueError(f"--steps must be at most {T}, which this refiner was trained with")
+    system = System(folder, None if args.no_refiner else args.refiner or "")
+    lm, encoder, codec, second = system.lm, system.encoder, system.codec, system.second
+    sampling = system.sampling | given(args, "guidance temperature top_k top_p")
+    refining = system.refining | given(args, "steps")
+    if second and refining.get("steps", 1) > (T := system.refiner.config.timesteps):
+        raise ValueError(f"--steps must be at most {T}, which this refiner was trained with")
     say = lambda text: print(text, file=sys.stderr if args.stream else sys.stdout)
     shape = f"{lm.config.blocks} blocks, {lm.config.codebooks} codebook(s)"
     say(f"{folder}: {lm.config.variant}, {shape}" + (f"; refined by {second}" if second else ""))
     if lm.config.variant != "transformer":
-        say(ssd_kernel.path(torch.device(device)))
+        say(ssd_kernel.path(next(lm.parameters()).device))
     for prompt in prompts:
         if encoder.too_long(prompt):
             say(f"the prompt is cut to its first {encoder.max_tokens} tokens: {prompt[:60]}...")
@@ -82,9 +75,7 @@ def main(argv=None):
         """From the first stage's codes, (k, l) at a time, to audio, 1.5 s at a time."""
         before = None if heard is None else heard[0, :, : None if second else lm.config.codebooks]
         if second:
-            pieces = refine(
-                refiner, its_encoder, codec, prompt, pieces, seed, heard=before, **refining
-            )
+            pieces = system.refine(prompt, pieces, seed, heard=before, **refining)
         pieces = pieces if before is None else itertools.chain([before], pieces)
         return decode_stream(codec, pieces)
 
@@ -107,6 +98,28 @@ def main(argv=None):
         say(f"{path} and {path.with_suffix('.png').name}")
     seconds, took = len(jobs) * frames * codec.hop / codec.sample_rate, time.time() - started
     say(f"{seconds:.1f} s of audio in {took:.1f} s")
+
+
+class System:
+    """A language model and, where there is one for its codes, a second stage, ready to play.
+    refiner: its folder; empty: as `find_refiner` finds it; None: none."""
+
+    def __init__(self, folder, refiner=""):
+        config = read_config(folder)
+        lm, self.codec = load_checkpoint(folder), load_codec(config["codec"])
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.encoder = load_text_encoder(folder).to(device)
+        self.second = None if refiner is None else find_refiner(lm, self.codec, refiner)
+        self.lm = prepared(lm, device)
+        self.sampling, self.refining = config.get("sampling", {}), {}  # options they shipped with
+        if self.second:
+            self.refiner = load_refiner(self.second).to(device)
+            self.its_encoder = load_text_encoder(self.second).to(device)
+            self.refining = read_config(self.second).get("sampling", {})
+
+    def refine(self, prompt, pieces, seed, **options):
+        """First-codebook codes, (1, l) at a time -> those of all codebooks (see `diffusion`)."""
+        return refine(self.refiner, self.its_encoder, self.codec, prompt, pieces, seed, **options)
 
 
 def parse_arguments(argv):

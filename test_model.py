@@ -1,5 +1,6 @@
 """The language models: one function in two forms, no leaks, and sampling that can be repeated."""
 
+import itertools
 import json
 
 import pytest
@@ -90,10 +91,12 @@ def test_step_equals_forward_for_every_variant(variant, codebooks, mixer):
         logits = lm.step(columns[:, :, s], state)
 
 
-@pytest.mark.parametrize("variant", model.VARIANTS)
+@pytest.mark.parametrize(
+    "variant, clock", [*itertools.product(model.VARIANTS, ["text"]), ("simba", "music")]
+)
 @torch.no_grad()
-def test_a_batch_of_unequal_prompts_gives_each_prompts_own_logits(variant):
-    lm, encoder = tiny(variant, torch.float64)
+def test_a_batch_of_unequal_prompts_gives_each_prompts_own_logits(variant, clock):
+    lm, encoder = tiny(variant, torch.float64, clock=clock)
     encoder.double()
     codes = torch.randint(50, (4, 1, 30))
     text, mask = encoder(CAPTIONS)
@@ -107,6 +110,24 @@ def test_a_batch_of_unequal_prompts_gives_each_prompts_own_logits(variant):
             _, state = lm._read(lm.delay(codes)[i : i + 1, :, :30], *encoder([caption]))
             torch.testing.assert_close(states.blocks[1][0].ssm[i], state.blocks[1][0].ssm[0])
             assert states.position[i] == state.position[0]
+
+
+@pytest.mark.parametrize("variant", model.VARIANTS)
+@pytest.mark.parametrize("clock", ["text", "music"])
+@torch.no_grad()
+def test_a_crop_knows_where_it_begins(variant, clock, monkeypatch):
+    lm, encoder = tiny(variant, clock=clock)
+    text, mask = encoder(CAPTIONS[:2])
+    S = mask.sum(1).tolist()
+    assert S[0] != S[1]
+    seen = []
+    monkeypatch.setattr(lm, "_positions", lambda p: seen.append(p) or MusicLM._positions(lm, p))
+    lm(torch.randint(50, (2, 1, 10)), text, mask, torch.tensor([0, 7]))
+    for i, start in enumerate((0, 7)):
+        before = S[i] if lm.config.prefix and clock == "text" else 0
+        assert seen[0][i, -10:].tolist() == list(range(before + start, before + start + 10))
+        if lm.config.prefix:
+            assert seen[0][i, -11] == before - 1, "the text is where it was"
 
 
 @pytest.mark.parametrize("variant, codebooks, mixer", VARIANTS)

@@ -8,7 +8,8 @@
     torchrun --nproc_per_node=4 train.py ...                     on four cards
     python train.py --resume out/simba                       goes on where it stopped
 
-A run is a folder: last/ and best/ (checkpoints, see model.py), log.jsonl, loss.png, and a sample.
+A run is a folder: last/ and best/ (checkpoints, see model.py), log.jsonl, loss.png, and a sample;
+of --keep-every N, also step-N/, step-2N/, ... (N a multiple of --valid-every).
 """
 
 import argparse
@@ -84,6 +85,7 @@ class TrainConfig:
     seed: int = 0  # of parameters, data order, crops, captions and dropout
     valid_every: int = 1000  # steps between validations; each is followed by a checkpoint
     valid_clips: int = 256  # clips of a validation
+    keep_every: int = 0  # also keep the checkpoint of every so many steps, as step-N; 0: none
     compile: bool = True  # torch.compile: half as fast again, after a minute or two of its own
     recompute: int = 0  # so many blocks are computed again on the way back: less memory, more time
     fsdp: bool = False  # under torchrun: each process keeps its share of the weights only
@@ -96,9 +98,10 @@ PRESETS = {
     "large": dict(blocks=40, d_model=1536, attention_heads=12, recompute=30, fsdp=True),
     "toy": dict(
         text_encoder="toy", train_text_encoder=5e-4, blocks=4, d_model=128, d_state=32, headdim=32,
-        chunk=32, init="memory", d_text=128, attention_heads=4, dropout=0.0, trained_frames=960,
-        steps=1250, seconds=862 / FRAME_RATE, crop=32 / FRAME_RATE, crop_until=0.85, batch=5,
-        accumulate=1, lr=3e-3, beta2=0.99, valid_every=125, valid_clips=64, compile=False,
+        chunk=32, init="memory", clock="music", d_text=128, attention_heads=4, dropout=0.0,
+        trained_frames=862, steps=1250, seconds=862 / FRAME_RATE, crop=32 / FRAME_RATE,
+        crop_until=0.85, batch=5, accumulate=1, lr=3e-3, beta2=0.99, valid_every=125,
+        valid_clips=64, compile=False,
     ),
 }  # fmt: skip
 REFINER_PRESETS = {
@@ -123,6 +126,23 @@ def main(argv=None):
         toy_encoder = config.text_encoder == "toy"  # another need not be at hand
         text = size(new_encoder("toy")) if toy_encoder else budget.FLAN_T5_BASE
         return print_budget(model_config, config, text, device, dry=True)
+    best = train(model_config, config, run, device, rank, ranks)
+    if ranks > 1:
+        wait_for(ranks)  # nobody hangs up while another still speaks
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    unit = "squared error of v" if refining else "nats per token"
+    print(f"{run}: best validation loss {best:.3f} {unit}; curve in {run}/loss.png")
+    import sample
+
+    role = "--refiner" if refining else "--checkpoint"
+    sample.main([*sample.SHOWCASE, role, str(run / "best"), "--out", str(run)])
+
+
+def train(model_config, config, run, device, rank=0, ranks=1):
+    """Trains, or goes on where `run` stopped, to the end -> the best validation loss."""
+    refining = isinstance(model_config, RefinerConfig)
     torch.manual_seed(config.seed)
     resuming = (run / "last").exists() or (run / "last.old").exists()
 
@@ -132,10 +152,10 @@ def main(argv=None):
     folder, describe = open_data(config.data)
     start = run / "last" if resuming else initial(config, refining)  # or none
     made_by = read_config(start).get("codec") if start else None
-    train, valid = (
+    clips, valid = (
         Clips(folder, split, model_config.codebooks, made_by) for split in ("train", "valid")
     )
-    codec = load_codec(train.meta["codec"]).to(device) if refining else None
+    codec = load_codec(clips.meta["codec"]).to(device) if refining else None
     if start:
         load = load_refiner if refining else load_checkpoint
         lm, encoder = load(start), load_text_encoder(start)
@@ -167,10 +187,10 @@ def main(argv=None):
         if lm.config.variant != "transformer":
             print(ssd_kernel.path(device))
         print_budget(lm.config, config, size(encoder), device)
-        print(f"{len(train):,} clips; on {device}")
+        print(f"{len(clips):,} clips; on {device}")
 
     def save(name):
-        extra = dict(train=asdict(config), step=step, best=best, codec=train.meta["codec"])
+        extra = dict(train=asdict(config), step=step, best=best, codec=clips.meta["codec"])
         files = None
         if name == "last":
             files = {"trainer.safetensors": trainer_state(lm, encoder, optimizer, ema)}
@@ -189,13 +209,15 @@ def main(argv=None):
         signal.signal(number, lambda *_: stop.append(1))
 
     shares = ((n, share(n, config, rank, ranks)) for n in range(step, config.steps))
-    make = lambda n, first, count, frames: train.batch(
+    make = lambda n, first, count, frames: clips.batch(
         first, count, frames, config.seed, describe, config.caption_dropout
     )
     batches = prefetched(make, ((n, *part) for n, parts in shares for part in parts), device)
     started, first_step, bad, skipped, seen = time.time(), step, 0, 0, 0
     while step < config.steps:
+        step_started = time.time()
         frames, batch = shape_at(step, config)
+        total = batch * config.accumulate
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -205,9 +227,9 @@ def main(argv=None):
         )
         loss, parts = 0.0, share(step, config, rank, ranks)
         for i, (_, count, _) in enumerate(parts):
-            codes, captions = next(batches)
+            codes, starts, captions = next(batches)
             with together(objective, ranks, last=i == len(parts) - 1):
-                part = objective(codes, captions) * (count * ranks / (batch * config.accumulate))
+                part = objective(codes, starts, captions) * (count * ranks / total)
                 part.backward()
             loss += part.item()
             seen += codes[:, 0].numel() * ranks
@@ -231,7 +253,8 @@ def main(argv=None):
         step += 1
 
         rate = seen / (time.time() - started)
-        log.write(step=step, loss=loss, norm=norm, lr=lr, frames=frames)
+        took = time.time() - step_started
+        log.write(step=step, loss=loss, norm=norm, lr=lr, frames=frames, seconds=took)
         if rank == 0 and (step % 10 == 0 or step == config.steps):
             left = (time.time() - started) / (step - first_step) * (config.steps - step)
             print(
@@ -250,24 +273,17 @@ def main(argv=None):
                 if scores["right"] < best:
                     best = scores["right"]
                     save("best")
+            if config.keep_every and step % config.keep_every == 0:
+                save(f"step-{step}")
             save("last")
             if stopping:
                 if rank == 0:
                     print(f"\nstopped at step {step}; `python train.py --resume {run}` goes on")
                 sys.exit(130)
 
-    if ranks > 1:
-        wait_for(ranks)  # nobody hangs up while another still speaks
-        dist.destroy_process_group()
-    if rank > 0:
-        return
-    plot(log, run / "loss.png")
-    unit = "squared error of v" if refining else "nats per token"
-    print(f"{run}: best validation loss {best:.3f} {unit}; curve in {run}/loss.png")
-    import sample
-
-    role = "--refiner" if refining else "--checkpoint"
-    sample.main([*sample.SHOWCASE, role, str(run / "best"), "--out", str(run)])
+    if rank == 0:
+        plot(log, run / "loss.png")
+    return best
 
 
 def parse_arguments(argv):
@@ -306,6 +322,8 @@ def parse_arguments(argv):
     model, config = pick(kind), pick(TrainConfig)
     if refining and config.recompute:
         raise ValueError("--recompute goes with language models: a refiner is small without it")
+    if config.keep_every % config.valid_every:
+        raise ValueError(f"--keep-every must be a multiple of --valid-every, {config.valid_every}")
     if config.fsdp and (config.ema or config.train_text_encoder):
         raise ValueError("--fsdp goes with a frozen text encoder and without --ema")
     if config.init_from:
@@ -383,7 +401,8 @@ def wait_for(ranks):
 
 
 class Objective(nn.Module):
-    """codes (B, K, L) and their captions -> the loss; one module with all that is trained."""
+    """codes (B, K, L), the frames of their clips where they start, and captions -> the loss; one
+    module with all that is trained."""
 
     def __init__(self, lm, encoder, codec, config):
         super().__init__()
@@ -391,12 +410,12 @@ class Objective(nn.Module):
         self.codec, self.smoothing = codec, config.label_smoothing
         self.run = torch.compile(lm, dynamic=False) if config.compile else lm
 
-    def forward(self, codes, captions):
+    def forward(self, codes, starts, captions):
         if self.codec:
             with autocast(codes.device):
                 return refiner_loss(self.run, self.encoder, self.codec, codes, captions)
         smoothing = dict(label_smoothing=self.smoothing)
-        return caption_loss(self.run, self.encoder, codes, captions, **smoothing)
+        return caption_loss(self.run, self.encoder, codes, captions, starts, **smoothing)
 
 
 def spread(objective, config, device, ranks):
@@ -451,22 +470,23 @@ def prefetched(make, jobs, device, ahead=2):
     with ThreadPoolExecutor(1) as pool:
         waiting = deque(pool.submit(make, *job) for job in itertools.islice(jobs, ahead))
         while waiting:
-            codes, captions = waiting.popleft().result()
+            codes, starts, captions = waiting.popleft().result()
             waiting.extend(pool.submit(make, *job) for job in itertools.islice(jobs, 1))
             codes = codes.pin_memory() if device.type == "cuda" else codes
-            yield codes.to(device, non_blocking=True), captions
+            yield codes.to(device, non_blocking=True), starts.to(device), captions
 
 
 # ------------------------------------------------------------------------------------- the loss --
 
 
-def caption_loss(lm, encoder, codes, captions, reduction="mean", label_smoothing=0.0):
-    """Cross-entropy in nats per token of codes (B, K, L) given their captions."""
+def caption_loss(lm, encoder, codes, captions, starts=None, reduction="mean", label_smoothing=0.0):
+    """Cross-entropy in nats per token of codes (B, K, L) given their captions. starts (B,): the
+    frames of their clips at which they begin, if not 0."""
     with autocast(codes.device):
         with nullcontext() if encoder.trained else torch.no_grad():
             compiled = not isinstance(lm, MusicLM)  # ... and should meet few shapes
             text, mask = encoder(captions, multiple=64 if compiled else 1)
-        logits = lm(codes, text, mask)  # (B, K, L, V)
+        logits = lm(codes, text, mask, starts)  # (B, K, L, V)
     return F.cross_entropy(
         logits.float().flatten(0, 2),
         codes.flatten(),
@@ -575,7 +595,7 @@ def validate(model, encoder, codec, clips, describe, config, device):
                         loss = refiner_loss(model, encoder, codec, codes, said, dropout, same)
                     sums.append((loss.item() * len(part), len(part)))
                 continue
-            losses = caption_loss(model, encoder, codes, said, "none").view_as(codes)
+            losses = caption_loss(model, encoder, codes, said, reduction="none").view_as(codes)
             real = codes != model.config.codebook_size
             whole.append((losses.sum().item(), real.sum().item()))
             little.append((losses[..., :second].sum().item(), real[..., :second].sum().item()))
