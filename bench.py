@@ -6,9 +6,9 @@
     python bench.py train                  training steps of the paper's size: tokens a second
 
 Every line of a table is a contender: ours, and those peers that are installed. Repeats are
-interleaved (a machine that gets warm slows all of them), the figures are medians, and beside them
-stands the floor: what the bytes that must move and the products that must be made would take at the
-rates of copying and multiplying that this very device just showed.
+interleaved (a machine that gets warm slows all of them) and the figures are medians. Above those of
+the kernels stands the floor: what the bytes that must move and the products that must be made would
+take at the rates of copying and multiplying that this very GPU just showed.
 
 Letters are model.py's: B batch, L length, H heads, P headdim, N d_state, Q chunk.
 """
@@ -130,6 +130,11 @@ def from_fla():
     return scan
 
 
+def reason(error):
+    """An exception in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def installed(peers):
     """Those of {name: function that imports it} which import; the reason why not, for the rest."""
     found = {}
@@ -137,7 +142,7 @@ def installed(peers):
         try:
             found[name] = load()
         except Exception as error:  # a broken installation raises what it likes
-            print(f"without {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            print(f"without {name}: {reason(error)}")
     return found
 
 
@@ -204,7 +209,7 @@ def scan_on_cuda(name, shape, Q, repeats, rates):
         try:
             once(contender)
         except Exception as error:  # out of memory, or a shape that it has no kernel for
-            print(f"without {contender}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            print(f"without {contender}: {reason(error)}")
             del contenders[contender]
             continue
         first[contender] = time.perf_counter() - start
@@ -278,14 +283,18 @@ def mamba_ssm_step(layer, zxBCdt, state):
     )
 
 
+# ------------------------------------------------------------------------------------------------
+# On a CPU: every contender in a process of its own, which alone knows its peak of memory
+
+
 def in_child(command, job):
     """What a child of this program prints as JSON; None, and a line that says why, if it fails."""
     job = [sys.executable, __file__, command, *map(str, job)]
     run = subprocess.run(job, capture_output=True, text=True)
     if run.returncode == 0:
         return json.loads(run.stdout.splitlines()[-1])
-    reason = (run.stderr.splitlines() or [f"exit {run.returncode}"])[-1]
-    print(f"without {job[job.index('--child') + 1]}: {reason[:100]}")
+    last = (run.stderr.splitlines() or [f"exit {run.returncode}"])[-1]
+    print(f"without {job[job.index('--child') + 1]}: {last[:100]}")
 
 
 def in_turn(command, jobs, rounds):
@@ -306,10 +315,6 @@ def peak_megabytes(device):
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-# ------------------------------------------------------------------------------------------------
-# On a CPU: every contender in a process of its own, which alone knows its peak of memory
 
 
 CPU_CONTENDERS = {
@@ -387,8 +392,9 @@ def paper_size(variant, device):
     return prepared(lm, device)
 
 
-def open_ours(variant, batch, frames, device):
-    """-> at(position): step(), and the bytes that a step at a position must read and write"""
+def open_ours(variant, batch, room, device):
+    """-> at(position): step(), and the bytes that a step at a position must read and write. room:
+    the positions that any step will come to"""
     lm = paper_size(variant, device)
     weights = sum(p.nbytes for p in lm.blocks.parameters())
     weights += sum(p.nbytes for p in lm.heads.parameters())
@@ -397,7 +403,7 @@ def open_ours(variant, batch, frames, device):
 
     def at(position):
         with precision(lm):
-            logits, state = lm.prefill(text, mask, room=frames + 16)
+            logits, state = lm.prefill(text, mask, room=room)
         state.position.add_(position)  # what the caches hold there is zeros, and takes as long
         run = None
         of = lambda kind: (v for block in state.blocks for s in block if type(s) is kind for v in s)
@@ -417,7 +423,7 @@ def open_ours(variant, batch, frames, device):
     return at
 
 
-def open_rereading(variant, batch, frames, device):
+def open_rereading(variant, batch, room, device):
     """As the authors' code does: all that there is so far, read anew for every token."""
     lm = paper_size(variant, device)
     weights = sum(p.nbytes for p in lm.parameters())
@@ -437,7 +443,7 @@ def open_rereading(variant, batch, frames, device):
     return at
 
 
-def open_musicgen(dtype, batch, frames, device):
+def open_musicgen(dtype, batch, room, device):
     """MusicGen-small's decoder in transformers: 50 frames a second, four codebooks a step."""
     from transformers import DynamicCache, EncoderDecoderCache, MusicgenForCausalLM
     from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
@@ -490,7 +496,7 @@ def generate_child(name, batch, seconds, steps, device):
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     places, moved = [], []
     with torch.inference_mode():
-        at = opened(batch, frames, device)
+        at = opened(batch, frames + 1 + steps, device)
         for position in (0, frames // 2, frames):
             step, size = at(position)
             count = 1 if "re-read" in name and position else steps
@@ -521,16 +527,8 @@ def generate(args):
             print(f"\n{seconds:g} s of audio, batch {batch}")
             print(f"{'':16}{'ms a step, begin':>18}{'end':>9}{'audio s / s':>13}{'GB/s':>7}"
                   f"{'peak MB':>9}")  # fmt: skip
-            job = [
-                "--batch",
-                batch,
-                "--seconds",
-                seconds,
-                "--steps",
-                args.steps,
-                "--device",
-                device,
-            ]
+            job = ["--batch", batch, "--seconds", seconds, "--device", device]
+            job += ["--steps", args.steps]
             jobs = {name: ["--child", name, *job] for name in args.only or GENERATORS}
             found = in_turn("generate", jobs, args.rounds)
             for name, runs in found.items():
@@ -623,6 +621,13 @@ def train(args):
               f"{median(run['megabytes'] for run in runs):9.0f}")  # fmt: skip
 
 
+def shape_of(text):
+    shape = tuple(map(int, text.split(",")))
+    if len(shape) != 5:
+        raise argparse.ArgumentTypeError("expected five numbers, B,L,H,P,N")
+    return shape
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -655,13 +660,6 @@ def main():
     command.add_argument("--child", choices=TRAINED, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.run(args)
-
-
-def shape_of(text):
-    shape = tuple(map(int, text.split(",")))
-    if len(shape) != 5:
-        raise argparse.ArgumentTypeError("expected five numbers, B,L,H,P,N")
-    return shape
 
 
 if __name__ == "__main__":

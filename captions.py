@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PUBLISHED = "disco-eth/jamendo-fma-captions"
 CAPTIONER = "seungheondoh/lp-music-caps"
 REPHRASER = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -96,7 +95,8 @@ def read_table(name):
                 if path.suffix in (".jsonl", ".json"):
                     rows = [json.loads(line) for line in file if line.strip()]
                 else:
-                    rows = list(csv.DictReader(file, delimiter="\t" if "tsv" in name else ","))
+                    between = "\t" if path.suffix == ".tsv" else ","
+                    rows = list(csv.DictReader(file, delimiter=between))
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{name} could not be read as a table of captions ({error})") from None
     columns = list(rows[0]) if rows and isinstance(rows[0], dict) else []
@@ -136,7 +136,7 @@ def download(repository, file, kind="model"):
         ) from None
 
 
-# ------------------------------------------------------------------------- audio -> a caption ----
+# ------------------------------------------------------------------------ audio -> a caption ----
 
 
 class LPMusicCaps(nn.Module):
@@ -177,7 +177,10 @@ class LPMusicCaps(nn.Module):
         try:
             weights = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         except Exception as error:  # unpickling raises whatever it likes
-            raise ValueError(f"{file} holds no captioner ({type(error).__name__})") from None
+            raise ValueError(
+                f"{file} holds no captioner ({type(error).__name__}): expected transfer.pth of "
+                f"huggingface.co/{CAPTIONER}"
+            ) from None
         # The filters are computed here; and the copies of BART's word embeddings go by one name.
         weights = {k: v for k, v in weights.items() if ".mel_encoder." not in k}
         try:
@@ -191,8 +194,8 @@ class LPMusicCaps(nn.Module):
 
     @torch.inference_mode()
     def forward(self, audio):
-        """audio (1, S) at 44.1 kHz -> captions of its ten-second windows; of what is left over, the
-        last, if it is longer than a second; a window is filled up with silence."""
+        """audio (1, S) at 44.1 kHz -> captions of its ten-second windows. The last, filled up with
+        silence, counts if it has more than a second of audio, or is the only one."""
         from scipy.signal import resample_poly
         from transformers.modeling_outputs import BaseModelOutput
 
@@ -230,7 +233,7 @@ def mel_triangles(mels, n_fft, rate):
     return torch.from_numpy(np.minimum(up, down)).clamp(min=0).float()
 
 
-# ------------------------------------------------------------------- three captions -> one ----
+# --------------------------------------------------------------------- three captions -> one ----
 
 PROMPT = """These sentences describe consecutive parts of one piece of music:
 
@@ -292,7 +295,7 @@ def join(captions):
     return " ".join(dict.fromkeys(caption.strip() for caption in captions))
 
 
-# --------------------------------------------------------------------- music without vocals ----
+# ---------------------------------------------------------------------- music without vocals ----
 
 
 class Separator:
@@ -302,11 +305,7 @@ class Separator:
         try:
             from demucs.apply import apply_model
             from demucs.pretrained import get_model
-        except (
-            ImportError,
-            OSError,
-            RuntimeError,
-        ) as error:  # a broken torchaudio raises the others
+        except (ImportError, OSError, RuntimeError) as error:  # the last two: a broken torchaudio
             raise ValueError(
                 f"removing vocals needs demucs ({type(error).__name__}): `pip install demucs`, or "
                 "leave them in with --keep-vocals"
@@ -315,8 +314,8 @@ class Separator:
             self.model = get_model("htdemucs").eval()
         except Exception as error:  # see `download`
             raise ValueError(
-                f"HTDemucs' weights could not be downloaded ({type(error).__name__}) from "
-                "dl.fbaipublicfiles.com, once; or leave vocals in with --keep-vocals"
+                "HTDemucs' weights could not be downloaded from dl.fbaipublicfiles.com "
+                f"({type(error).__name__}): go online once, or leave vocals in with --keep-vocals"
             ) from None
         self.apply = apply_model
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -326,8 +325,7 @@ class Separator:
         """audio (1, S) mono, 44.1 kHz -> (1, S) without vocals"""
         mean, scale = audio.mean(), audio.std() + 1e-8  # the level that it was trained at
         mix = ((audio - mean) / scale).expand(2, -1)[None]  # (1, 2, S)
-        stems = self.apply(self.model, mix, shifts=0, split=True, overlap=0.25, device=self.device)[
-            0
-        ].cpu()  # (stems, 2, S)
-        kept = [s for name, s in zip(self.model.sources, stems) if name != "vocals"]
+        stems = self.apply(self.model, mix, shifts=0, split=True, overlap=0.25, device=self.device)
+        stems = zip(self.model.sources, stems[0].cpu())  # of (2, S)
+        kept = [stem for name, stem in stems if name != "vocals"]
         return sum(kept).mean(0, keepdim=True) * scale + mean

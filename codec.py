@@ -44,7 +44,7 @@ N_FFT = 4 * HOP
 STEP = 128  # frames (1.5 s) that a window of `decode_stream` adds
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
 
-# ----------------------------------------------------------------------------- spectrograms ----
+# ------------------------------------------------------------------------------ spectrograms ----
 
 EDGE = (N_FFT - HOP) // 2  # frame t is the window centred on samples 512 t ... 512 t + 511
 HANN = torch.hann_window(N_FFT)
@@ -115,13 +115,13 @@ def mel_distance(reference, audio):
 
 
 class Picture:
-    """A mel-spectrogram of audio that passes by: at most 1,500 columns, whatever its length."""
+    """A mel-spectrogram of audio that passes by: below 3,000 columns, whatever its length."""
 
     def __init__(self, samples):
-        self.pool = max(1, samples // 512 // 1500)  # frames a column
+        self.pool = max(1, samples // HOP // 1500)  # frames a column
         # One table made beforehand: small pieces kept between large ones that come and go would
         # leave holes that nothing fits, and memory would grow with the length after all.
-        self.mel = torch.zeros(128, 2 + samples // 512 // self.pool, dtype=torch.half)
+        self.mel = torch.zeros(128, 2 + samples // HOP // self.pool, dtype=torch.half)
         self.columns, self.rest = 0, torch.zeros(0)
 
     def watch(self, chunks):
@@ -130,12 +130,11 @@ class Picture:
             yield chunk
 
     def _add(self, audio):
-        step = 512 * self.pool
+        step = HOP * self.pool
         whole = len(audio) // step * step
-        if whole >= 2048:
-            mel = mel_spectrogram(audio[None, :whole], relative=False)[0]  # (mels, frames)
-            frames = mel.shape[1] // self.pool * self.pool
-            columns = mel[:, :frames].unflatten(1, (-1, self.pool)).mean(2)
+        if whole >= N_FFT:
+            mel = mel_spectrogram(audio[None, :whole], relative=False)[0]  # (128, whole / 512)
+            columns = mel.unflatten(1, (-1, self.pool)).mean(2)
             self.mel[:, self.columns : self.columns + columns.shape[1]] = columns
             self.columns += columns.shape[1]
             audio = audio[whole:]
@@ -148,7 +147,7 @@ class Picture:
         import matplotlib.pyplot as plt
 
         mel = self.mel[:, : max(1, self.columns)].float().numpy()
-        seconds = mel.shape[1] * self.pool * 512 / sample_rate
+        seconds = mel.shape[1] * self.pool * HOP / sample_rate
         figure, axis = plt.subplots(figsize=(10, 3.5))
         image = axis.imshow(
             mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(mel)),
@@ -161,7 +160,7 @@ class Picture:
         plt.close(figure)
 
 
-# ---------------------------------------------------------------------------- the toy codec ----
+# ----------------------------------------------------------------------------- the toy codec ----
 
 
 def nearest_entry(vectors, entries):  # (n, 8), (1024, 8) -> (n,)
@@ -217,6 +216,30 @@ def k_means(points, k, generator, rounds=15):
     return centres
 
 
+def neighbours(x):  # (B, T, 8) -> (B, T, 24): frames t-1, t, t+1
+    x = F.pad(x.mT, (1, 1), mode="replicate").mT
+    return torch.cat([x[:, :-2], x[:, 1:-1], x[:, 2:]], -1)
+
+
+def running_phase(magnitude, start=None):
+    """(B, T, F) -> phases (B, T, F) of sinusoids that run on: each bin turns at the frequency of
+    the nearest spectral peak (single-pass spectrogram inversion, Beauregard et al. 2015). `start`
+    (B, F) is the phase at frame 3, if known; else neighbouring bins alternate, as around a peak."""
+    bins = torch.arange(magnitude.shape[-1], device=magnitude.device, dtype=torch.float32)
+    padded = F.pad(magnitude, (1, 1))
+    left, right = padded[..., :-2], padded[..., 2:]
+    peak = (magnitude > left) & (magnitude >= right)
+    # A parabola through the peak and its neighbours gives the frequency between the bins.
+    curve = (left - 2 * magnitude + right).clamp(max=-1e-9)
+    frequency = bins + ((left - right) / curve / 2).clamp(-0.5, 0.5)  # (B, T, F), in bins
+    below = torch.where(peak, bins, -1e6).cummax(-1).values
+    above = -torch.where(peak, -bins, -1e6).flip(-1).cummax(-1).values.flip(-1)
+    closest = torch.where(bins - below <= above - bins, below, above).clamp(0, bins[-1])
+    turn = frequency.gather(-1, closest.long()) * (2 * math.pi * HOP / N_FFT)
+    phase = turn.remainder(2 * math.pi).cumsum(1)
+    return phase + ((bins % 2) * math.pi if start is None else start - phase[:, 3])[..., None, :]
+
+
 class ToyCodec(nn.Module):
     name, sample_rate, hop, code_dim = "toy", SAMPLE_RATE, HOP, 8
     overlap = 16  # frames that a window of `decode_stream` shares with the one before
@@ -238,8 +261,7 @@ class ToyCodec(nn.Module):
     @torch.no_grad()
     def fit(cls, audio_clips, seed=0, **sizes):
         """Clips (any length, 1-D) -> a codec. k-means sees 60,000 frames a level, least squares
-        all; every level is fitted to what the rounded (fp16, as stored) levels before it leave. One
-        frame in a hundred is silence, so that every level has an entry for it."""
+        all; every level is fitted to what the rounded (fp16, as stored) levels before it leave."""
         codec, generator = cls(**sizes), torch.Generator().manual_seed(seed)
         clips = (torch.as_tensor(clip, dtype=torch.float32)[None] for clip in audio_clips)
         residual = torch.cat([codec.features(clip)[0] for clip in clips])  # (T of all clips, D)
@@ -355,47 +377,22 @@ class ToyCodec(nn.Module):
 
     @classmethod
     def load(cls, folder):
-        folder = Path(folder)
+        folder, cure = Path(folder), "`git checkout -- toy/codec` restores the shipped one"
         try:
             config = json.loads((folder / "config.json").read_text())
             codec = cls(*(config[key] for key in ("codebooks", "codebook_size", "bands")))
             codec.load_state_dict(load_file(folder / "model.safetensors"))
         except FileNotFoundError as error:
             raise ValueError(
-                f"no codec in {folder}: {Path(error.filename or folder).name} is missing; "
-                "`git checkout -- toy/codec` restores the shipped one"
+                f"no codec in {folder}: {Path(error.filename or folder).name} is missing; {cure}"
             ) from None
         except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"the codec in {folder} is damaged ({reason})") from None
+            raise ValueError(f"the codec in {folder} is damaged ({reason}); {cure}") from None
         return codec
 
 
-def neighbours(x):  # (B, T, 8) -> (B, T, 24): frames t-1, t, t+1
-    x = F.pad(x.mT, (1, 1), mode="replicate").mT
-    return torch.cat([x[:, :-2], x[:, 1:-1], x[:, 2:]], -1)
-
-
-def running_phase(magnitude, start=None):
-    """(B, T, F) -> phases (B, T, F) of sinusoids that run on: each bin turns at the frequency of
-    the nearest spectral peak (single-pass spectrogram inversion, Beauregard et al. 2015). `start`
-    (B, F) is the phase at frame 3, if known; else neighbouring bins alternate, as around a peak."""
-    bins = torch.arange(magnitude.shape[-1], device=magnitude.device, dtype=torch.float32)
-    padded = F.pad(magnitude, (1, 1))
-    left, right = padded[..., :-2], padded[..., 2:]
-    peak = (magnitude > left) & (magnitude >= right)
-    # A parabola through the peak and its neighbours gives the frequency between the bins.
-    curve = (left - 2 * magnitude + right).clamp(max=-1e-9)
-    frequency = bins + ((left - right) / curve / 2).clamp(-0.5, 0.5)  # (B, T, F), in bins
-    below = torch.where(peak, bins, -1e6).cummax(-1).values
-    above = -torch.where(peak, -bins, -1e6).flip(-1).cummax(-1).values.flip(-1)
-    closest = torch.where(bins - below <= above - bins, below, above).clamp(0, bins[-1])
-    turn = frequency.gather(-1, closest.long()) * (2 * math.pi * HOP / N_FFT)
-    phase = turn.remainder(2 * math.pi).cumsum(1)
-    return phase + ((bins % 2) * math.pi if start is None else start - phase[:, 3])[..., None, :]
-
-
-# ------------------------------------------------------------------- audio of any length ----
+# ----------------------------------------------------------------------- audio of any length ----
 
 
 def join(before, audio, overlap):
@@ -455,7 +452,7 @@ class DACCodec(nn.Module):
         audio = F.pad(audio, (0, -audio.shape[-1] % HOP))
         residual, codes = self.model.encoder(audio[:, None]), []  # (B, hidden, T)
         for quantizer in self.quantizers:
-            codes.append(self._nearest(quantizer.in_proj(residual), quantizer))
+            codes.append(self._nearest(quantizer, quantizer.in_proj(residual)))
             residual = residual - quantizer.out_proj(self._entry(quantizer, codes[-1]))
         return torch.stack(codes, 1)
 
@@ -466,7 +463,7 @@ class DACCodec(nn.Module):
         pairs = zip(self.quantizers, codes.unbind(1))
         return torch.stack([self._entry(quantizer, code) for quantizer, code in pairs], 1)
 
-    def _nearest(self, vector, quantizer):  # (B, 8, T) -> (B, T); DAC compares directions
+    def _nearest(self, quantizer, vector):  # (B, 8, T) -> (B, T); DAC compares directions
         entries = F.normalize(quantizer.codebook.weight)
         return (entries @ F.normalize(vector, dim=1)).argmax(1)
 
@@ -476,7 +473,7 @@ class DACCodec(nn.Module):
         lost, codes = 0, []  # (B, hidden, T)
         for vector, quantizer in zip(vectors.unbind(1), self.quantizers[first:]):
             wanted = vector + linear(quantizer.in_proj, lost) if codes else vector
-            codes.append(self._nearest(wanted, quantizer))
+            codes.append(self._nearest(quantizer, wanted))
             error = vector - self._entry(quantizer, codes[-1])
             lost = lost + linear(quantizer.out_proj, error)
         return torch.stack(codes, 1)
@@ -519,7 +516,7 @@ def load_codec(name="toy", folder=None):
         ) from None
 
 
-# -------------------------------------------------------------------------------- audio files ----
+# ------------------------------------------------------------------------------- audio files ----
 
 
 def read_audio(path):
@@ -623,8 +620,8 @@ def write_audio(path, audio):
     temporary, kind = path.with_name(f".{path.name}.part"), FORMATS[path.suffix.lower()]
     try:
         with soundfile.SoundFile(temporary, "w", SAMPLE_RATE, 1, format=kind) as file:
-            for start in range(0, len(audio), SAMPLE_RATE):  # libsndfile's Vorbis fails on one
-                file.write(audio[start : start + SAMPLE_RATE])  # large write
+            for start in range(0, len(audio), SAMPLE_RATE):  # one large write fails in Vorbis
+                file.write(audio[start : start + SAMPLE_RATE])
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -21,13 +21,14 @@ seen, and G processes see together what one would have seen.
     python data.py musiccaps musiccaps-public.csv /clips --out data/musiccaps   the paper's test set
     python data.py show data/mine                      look at the data, and listen to it
 
-What becomes of a track: decode -> mono, 44.1 kHz -> clips of 30 s -> vocals out -> silent clips out
--> captions -> captions that mention vocals out -> one clip a track -> codec tokens. Every stage is
-an option. A track is one unit of work. Its result is a small file in `parts/`, written under
-another name and renamed, and depends on the track and the options alone; when all are there, they
-are joined in the tracks' order, and the manifest appears last. So a run may be killed anywhere and
-begun again with the same command, split over --workers and over the ranks of torchrun, and the
-folder is the same to the last byte. When music has been added, the same command adds it.
+What becomes of a track: decode -> mono, 44.1 kHz -> clips of 30 s -> silent clips out -> vocals
+out, and clips that are silent without them -> captions -> captions that mention vocals out -> one
+clip a track -> codec tokens. Every stage is an option. A track is one unit of work. Its result is a
+small file in `parts/`, written under another name and renamed, and depends on the track and the
+options alone; when all are there, they are joined in the tracks' order, and the manifest appears
+last. So a run may be killed anywhere and begun again with the same command, split over --workers
+and over the ranks of torchrun, and the folder is the same to the last byte. When music has been
+added, the same command adds it.
 """
 
 import argparse
@@ -54,13 +55,18 @@ import torch
 from tqdm import tqdm
 
 import captions
-from codec import SAMPLE_RATE, audio_blocks, load_codec
+from codec import SAMPLE_RATE, Picture, audio_blocks, load_codec, write_audio
 from model import add_arguments, entry
 from sources import VOCAL, Options, folder_tracks, jamendo_tracks, musiccaps_tracks
 
 SHARD_BYTES = 256 << 20
 
 # ------------------------------------------------------------------------ reading the folder ----
+
+
+def read_lines(path):  # -> the JSON of each line
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 class Clips:
@@ -77,8 +83,7 @@ class Clips:
             )
         try:
             self.meta = json.loads((folder / "meta.json").read_text())
-            with open(folder / "manifest.jsonl", encoding="utf-8") as lines:
-                rows = [json.loads(line) for line in lines]
+            rows = read_lines(folder / "manifest.jsonl")
             self.rows = [r for r in rows if r["split"] == split and r["codebooks"] >= codebooks]
         except (ValueError, KeyError) as error:
             raise ValueError(f"the manifest of {folder} is broken ({error!r})") from None
@@ -196,8 +201,8 @@ class Stages:
         self.codec.to(self.device)
         self.separate = None if options.keep_vocals else captions.Separator()
         self.caption = self.rephrase = None
-        open_ = any("caption" not in track.about and not track.reason for track in tracks)
-        if open_ and options.captioner != "none":
+        untold = any("caption" not in track.about and not track.reason for track in tracks)
+        if untold and options.captioner != "none":
             self.caption = captions.LPMusicCaps(options.captioner)
             if options.rephraser != "none":
                 self.rephrase = captions.Rephraser(options.rephraser)
@@ -242,7 +247,7 @@ def silent(audio):
 
 
 def words_for(audio, track, stages, options):
-    """-> a clip's caption and where it is from: as given, heard, or made from tags; or None."""
+    """-> a clip's caption, "" if there is none, and where it is from: given, heard or from tags."""
     if "caption" in track.about:
         return track.about["caption"], track.about["caption_from"]
     if stages.caption:
@@ -266,7 +271,7 @@ def process(track, part, stages, options):
         clock[stage] += time.perf_counter() - begun
         return result
 
-    def finish(audio):  # -> codes, row; or why the clip is dropped
+    def finish(start, audio):  # -> codes, row; or why the clip is dropped
         if not options.keep_silence and silent(audio):
             return SILENT
         if stages.separate:
@@ -275,7 +280,10 @@ def process(track, part, stages, options):
                 return ONLY_VOCALS
         caption, origin = timed("caption", words_for, audio, track, stages, options)
         if not caption:
-            raise ValueError(f"has no caption: expected {Path(track.path).stem}.txt beside it")
+            beside = f"{Path(track.path).stem}.txt beside it"
+            given = "it in --captions, or a --captioner"
+            expected = beside if track.about["source"] == "folder" else given
+            raise ValueError(f"has no caption: expected {expected}")
         if not options.keep_vocal_captions and captions.mentions_vocals(caption):
             return VOCAL
         codes = timed("encode", stages.codec.encode, audio.to(stages.device))[0]
@@ -286,13 +294,17 @@ def process(track, part, stages, options):
     length = round(options.seconds * SAMPLE_RATE / stages.codec.hop) * stages.codec.hop
     with open(temporary, "wb") as file:
         try:
-            lot = (clips_by_lot, options.seed) if options.one_clip else (clips_of,)
-            clips = iter(()) if reason else lot[0](track.path, length, *lot[1:])
+            if reason:
+                clips = iter(())
+            elif options.one_clip:
+                clips = clips_by_lot(track.path, length, options.seed)
+            else:
+                clips = clips_of(track.path, length)
             while clip := timed("decode", next, clips, None):
                 start, audio = clip
                 clock["audio"] += audio.shape[1] / SAMPLE_RATE
                 with torch.inference_mode():
-                    result = finish(audio)
+                    result = finish(start, audio)
                 if isinstance(result, str):
                     dropped.append(dict(path=track.path, start=start / SAMPLE_RATE, reason=result))
                     continue
@@ -335,7 +347,7 @@ def read_part(part):
     return found["rows"], found["skipped"], codes
 
 
-# ---------------------------------------------------------------- many tracks, many processes ----
+# --------------------------------------------------------------- many tracks, many processes ----
 
 
 def build(tracks, out, source, options, workers=1):
@@ -440,6 +452,12 @@ def lock_rank(parts, rank):
     return file
 
 
+def write_json(path, value):
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
 def work(todo, options, workers):
     """Makes the parts of [(track, part)]; yields the clock of each. A process uses one thread: sums
     in another order have other last digits, and a code that hangs on them would be another."""
@@ -457,12 +475,12 @@ def work(todo, options, workers):
     running = {}
     for i in range(workers):
         ours, theirs = context.Pipe(duplex=False)
-        process_ = context.Process(
+        child = context.Process(
             target=_worker, args=(todo[i::workers], options, theirs), daemon=True
         )
-        process_.start()
+        child.start()
         theirs.close()
-        running[ours] = process_
+        running[ours] = child
     while running:
         for pipe in wait(list(running)):
             try:
@@ -495,10 +513,7 @@ def _worker(todo, options, pipe):
 def take_apart(out, parts, tracks):
     """A finished folder -> parts again, of those tracks that are as they were; the manifest goes
     last, so this may be killed as well."""
-    rows, skipped = (
-        [json.loads(line) for line in open(out / name, encoding="utf-8")]
-        for name in ("manifest.jsonl", "skipped.jsonl")
-    )
+    rows, skipped = read_lines(out / "manifest.jsonl"), read_lines(out / "skipped.jsonl")
     wanted = {track.path: track for track in tracks if not track.reason}
     for path, group in itertools.groupby(rows, key=lambda row: row["path"]):
         group = [dict(row) for row in group]
@@ -560,21 +575,12 @@ def share_out(abouts, valid):
     return {path: "valid" if draw < valid else "train" for path, draw in draws.items()}
 
 
-# ------------------------------------------------------------------------ looking at the data ----
-
-
-def write_json(path, value):
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+# ----------------------------------------------------------------------- looking at the data ----
 
 
 def summarise(folder, tracks, state):
     """summary.json and histogram.png of a folder that is about to be finished."""
-    rows, skipped = (
-        [json.loads(line) for line in open(folder / name, encoding="utf-8")]
-        for name in ("manifest.jsonl", "skipped.jsonl")
-    )
+    rows, skipped = read_lines(folder / "manifest.jsonl"), read_lines(folder / "skipped.jsonl")
     rate = json.loads((folder / "meta.json").read_text())["frame_rate"]
     seconds = np.array([row["frames"] / rate for row in rows])
     count = lambda values: dict(Counter(values).most_common())
@@ -634,13 +640,12 @@ def print_speed(clock, elapsed):
 
 def show(folder, n, out, seed):
     """Lists n random clips with their captions, writes what their tokens say, and plots it."""
-    from codec import Picture, write_audio
-
     folder, out = Path(folder), Path(out or Path(folder) / "show")
     if not (folder / "manifest.jsonl").is_file():
-        raise ValueError(f"no data at {folder}: make some with `python data.py folder`")
-    with open(folder / "manifest.jsonl", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+        raise ValueError(
+            f"no data at {folder}: make some with `python data.py folder MUSIC --out {folder}`"
+        )
+    rows = read_lines(folder / "manifest.jsonl")
     if not rows:
         raise ValueError(f"{folder} has no clips; skipped.jsonl says why")
     codebooks = max(row["codebooks"] for row in rows)
@@ -668,7 +673,7 @@ def show(folder, n, out, seed):
         picture.save(path.with_suffix(".png"), title.replace("$", r"\$"), codec.sample_rate)
 
 
-# ------------------------------------------------------------------------------ the command line --
+# -------------------------------------------------------------------------- the command line ----
 
 SOURCES = {  # what differs from the options' defaults
     "folder": {},

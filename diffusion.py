@@ -221,7 +221,7 @@ class RefinerConfig:
     headdim: int = 64  # P, rows of each head's state
     expand: int = 2  # the SSD works on expand * D channels
     d_conv: int = 7  # taps of the convolution, centred; an odd number
-    chunk: int = 64  # Q, frames that the SSD handles by one matrix product
+    chunk: int = 64  # Q, frames in a chunk of the SSD: changes speed and memory, not the result
     attention_heads: int = 8  # heads of the attention backbone
     ff_mult: int = 4  # hidden width of the feed-forward layer, in units of D
     dropout: float = 0.0  # inside the feed-forward
@@ -362,7 +362,8 @@ def refine(
     guidance: v = u + guidance (c - u), u being what is told with no text and no sketch; steps:
     see `denoise`. The same codes, prompt and seed give the same codes, to the last bit.
     """
-    device, windows, window = refiner.out.weight.device, 0, refiner.config.window
+    device, window = refiner.out.weight.device, refiner.config.window
+    windows = 0  # that are painted; each has noise of its own
     known, ahead = int(KNOWN * window), int(AHEAD * window)
     text = encoder.pooled([prompt, ""])
     # The codes of the frames in the window: the coarse so far, the fine of the finished ones.
@@ -392,11 +393,8 @@ def refine(
             last = coarse.shape[1] <= window
             end = coarse.shape[1] if last else window - ahead
             generator = torch.Generator().manual_seed(seed + (windows << 32))
-            made, begun, windows = (
-                paint(coarse[:, :window], fine, generator),
-                fine.shape[1],
-                windows + 1,
-            )
+            begun, made = fine.shape[1], paint(coarse[:, :window], fine, generator)
+            windows += 1
             yield torch.cat([coarse[:, begun:end], made[:, begun:end]])
             coarse, fine = coarse[:, max(0, end - known) :], made[:, max(0, end - known) : end]
 

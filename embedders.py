@@ -104,13 +104,13 @@ class PaSST:
             return self.model(ten_seconds(resample(audio, 32000), 32000, 5)).float().cpu()
 
 
-class CLAP_:
+class Clap:
     """audio -> embedding (512,), captions -> embeddings (N, 512).
 
     Longer input than ten seconds is cut at random inside laion-clap, so it gets windows of ten,
     and their embeddings are averaged."""
 
-    def __init__(self, name=CLAP_NAME):
+    def __init__(self, name):
         import laion_clap
 
         try:
@@ -141,7 +141,7 @@ class PaperRuler:
     def __init__(self, clap=CLAP_NAME, kl_average="clips"):
         self.kl_average = kl_average
         try:
-            self.openl3, self.passt, self.clap = OpenL3(), PaSST(), CLAP_(clap)
+            self.openl3, self.passt, self.clap = OpenL3(), PaSST(), Clap(clap)
         except (ImportError, OSError, RuntimeError) as error:
             # A torchaudio that does not fit torch raises the other two.
             raise ValueError(

@@ -11,7 +11,7 @@ import numpy as np
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS, LINES = "os^DvP*", ["-", "--", "-.", ":"]
-# A row is known by its variant, codebooks and whether there is a second stage.
+# The paper's names of the variants; `evaluate.named` adds the codebooks, where they are several.
 NAMES = {
     "mamba": "Prefix Mamba", "simba": "Prefix SiMBA", "cross-simba": "Cross SiMBA",
     "transformer": "Cross Transformer",
@@ -117,5 +117,5 @@ def keep(figure, path, tight=True):
     for kind in ("png", "svg"):
         part = path.with_name(f".{path.name}.part")
         figure.savefig(part, format=kind, dpi=160)
-        os.replace(part, path.with_suffix(f".{kind}"))
+        os.replace(part, path.with_name(f"{path.name}.{kind}"))  # a name may hold 2.5 s
     pyplot().close(figure)

@@ -1,12 +1,12 @@
-"""The toy world's judge: it hears audio and says what it is, and how well words fit it.
+r"""The toy world's judge: it hears audio and says what it is, and how well words fit it.
 
 Published metrics rest on large networks that were trained on other people's music: OpenL3 for FD,
 PaSST for KL, CLAP for CLAP. The judge is all three for the toy world, small enough to ship: a dual
 encoder of audio and captions, trained contrastively (CLAP's recipe, arXiv 2206.04769), with heads
 that name a clip's factors. It hears waveforms, so anything that makes a sound can be judged.
 
-    audio --hear--> Sound --Ear--> frames (W, D) --mean--> embedding \\
-                                \\-> genre, rhythm, lead, tempo, key, mood    > cosine
+    audio --hear--> Sound --Ear--> frames (W, D) --mean--> embedding \
+                                \-> genre, rhythm, lead, tempo, key, mood     > cosine
     caption --small T5-----------------------------------> embedding /
 
 Three things are listened to, because each shows one kind of factor plainly:
@@ -89,8 +89,8 @@ def constant_q():
 PITCHES = constant_q()
 
 
-def decibels(power, floor=1e-6):  # power of a clip at loudness 1 -> about unit variance
-    return (10 * (power + floor).log10() + 40) / 15
+def decibels(power):  # of a clip as loud as toy.RMS -> about unit variance
+    return (10 * (power + 1e-6).log10() + 40) / 15
 
 
 @torch.no_grad()
@@ -242,11 +242,14 @@ def load_judge(file=FILE):
     if not Path(file).exists():
         raise ValueError(f"{file} is missing: `python judge.py` makes it anew")
     judge, tensors = Judge(), read_tensors(file)
-    tensors["reader.encoder.encoder.embed_tokens.weight"] = tensors["reader.encoder.shared.weight"]
+    shared, again = (f"reader.encoder.{k}.weight" for k in ("shared", "encoder.embed_tokens"))
     try:
-        judge.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{file} holds another judge's weights: {str(error)[:150]}") from None
+        judge.load_state_dict(tensors | {again: tensors[shared]})
+    except (KeyError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:150]
+        raise ValueError(
+            f"{file} holds another judge's weights; `python judge.py` makes it anew ({why})"
+        ) from None
     return judge.eval().requires_grad_(False)
 
 
@@ -255,7 +258,7 @@ def same_tempo(asked, heard, tolerance=0.04):
 
 
 def right(logits, factors) -> dict:
-    """Whether each head names its factor, the tempo to within 4%: {factor: (N,) of bool}"""
+    """Whether the heads name what was asked, the tempo to within 4%: {factor: (N,) of bool}"""
     verdicts = {}
     for factor in ("genre", "lead", "tempo", "key", "mood"):
         said = [FACTORS[factor][i] for i in logits[factor].argmax(1)]
@@ -308,8 +311,8 @@ def train(sounds, factors, steps=1500, batch=64, lr=2e-3, seed=0):
         similar = judge.scale.exp() * heard @ F.normalize(judge.say(told), dim=1).T  # (B, B)
         own = torch.arange(batch)
         loss = (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
-        for factor, right in truth.items():
-            loss = loss + F.cross_entropy(logits[factor], right[picks])
+        for factor, choice in truth.items():
+            loss = loss + F.cross_entropy(logits[factor], choice[picks])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learned, 5.0)
@@ -338,7 +341,7 @@ def build(clips, workers):
     factors = [toy.sample_clip(i, split_seed=2)[0] for i in range(clips)]
     judge = train(sounds, factors)
     save(judge)
-    held_out = range(0, 6144, toy.VALID)
+    held_out = range(0, 6144, toy.VALID)  # as many clips as the corpus that ships has
     parts = [held_out[i : i + 64] for i in range(0, len(held_out), 64)]
     played = (torch.from_numpy(clip) for part in parts for clip in toy.play_clips(part))
     heard = judge.listen(tqdm(played, "held-out clips", len(held_out)))

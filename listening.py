@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from codec import SAMPLE_RATE, read_audio
+from codec import FORMATS, SAMPLE_RATE, read_audio
 from model import entry
 
-SCALES = {  # the paper's definitions
+SCALES = {  # the paper's three
     "Consistency": "Does the music hang together, in detail and as a whole: melody, rhythm, form?",
     "Alignment": "Is what the text describes (instruments, tempo, mood, style) what you hear?",
     "Overall": "How musical, natural and pleasant to listen to is it?",
@@ -37,14 +37,14 @@ QUESTIONS = 3  # in a session
 
 
 def make_page(systems, prompts, out, count=24):
-    """systems: folders; prompts: lines of text; at most `count` prompts drawn at random enter the
-    page. -> Writes OUT and OUT's key. Every listener's browser draws three of them."""
+    """systems: folders; prompts: lines of text. Writes the page `out` and its key -> its number
+    of prompts: at most `count`, drawn at random; every listener's browser draws three of those."""
     if len(systems) < 2 or len({Path(s).name for s in systems}) < len(systems):
         raise ValueError("a listening test compares two or more folders of different names")
     clips = {}
     for system in systems:
-        files = {int(p.stem): p for p in Path(system).glob("*.*") if p.stem.isdigit()}
-        clips[Path(system).name] = files
+        files = [p for p in Path(system).iterdir() if p.suffix.lower() in (*FORMATS, ".mp3")]
+        clips[Path(system).name] = {int(p.stem): p for p in files if p.stem.isdigit()}
     shared = [i for i in range(len(prompts)) if all(i in files for files in clips.values())]
     if len(shared) < QUESTIONS:
         raise ValueError(
@@ -85,7 +85,7 @@ def as_ogg(path):
     audio = audio / max(1.0, float(np.abs(audio).max()))
     memory = io.BytesIO()
     with soundfile.SoundFile(memory, "w", SAMPLE_RATE, 1, format="OGG") as file:
-        for start in range(0, len(audio), SAMPLE_RATE):  # libsndfile fails on one large write
+        for start in range(0, len(audio), SAMPLE_RATE):  # one large write fails in Vorbis
             file.write(audio[start : start + SAMPLE_RATE])
     return "data:audio/ogg;base64," + base64.b64encode(memory.getvalue()).decode()
 
@@ -107,6 +107,7 @@ def tally(folder, key=None):
     for path in answers:
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
+            listener = given["listener"]
             found = [
                 (codes[given["test"], a["clip"]], scale, mark)
                 for a in given["answers"]
@@ -116,9 +117,9 @@ def tally(folder, key=None):
                 raise ValueError("a mark that is no number from 1 to 5")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not an answer to this page ({error!r})") from None
-        if given["listener"] in listeners:
+        if listener in listeners:
             continue  # the same session, sent twice
-        listeners.add(given["listener"])
+        listeners.add(listener)
         for system, scale, mark in found:
             marks.setdefault(system, {s: [] for s in SCALES})[scale].append(mark)
     return marks, len(listeners)

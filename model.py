@@ -11,11 +11,14 @@ through *cross-attention*. This file holds all of it, from the small parts to th
     4  the text        TextEncoder: Flan-T5, or a small T5 of the same class
     5  sampling        `generate`: guidance, temperature, top-k and top-p, one seed per sample
     6  checkpoints     a folder with config.json and model.safetensors
+    7  the command     options made of a dataclass, errors told in one sentence
 
 Letters, the same in every file:
 
     B batch    L length (frames)    K codebooks    V vocabulary: 1024 codes + 1 special token
     D d_model  H heads              P headdim      N d_state      Q chunk      S length of the text
+
+In the SSD's formulas B, C, D and S are keys, queries, the skip's weight and the state instead.
 
 Papers: the models are those of arXiv 2601.14786 ("SSMTTM" below), Fig. 1; Mamba-2 and the SSD are
 from arXiv 2405.21060 ("SSD paper"); the delay pattern is MusicGen's, arXiv 2306.05284.
@@ -70,7 +73,9 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None):
         state = decay[..., None, None] * state + update
         outputs.append(torch.einsum("bhpn,bn->bhp", state, C[:, t].to(state.dtype)))
     y = torch.stack(outputs, 1).to(x.dtype)  # (B, L, H, P)
-    return y if D is None else y + D[:, None].to(x.dtype) * x, state
+    if D is not None:
+        y = y + D[:, None].to(x.dtype) * x
+    return y, state
 
 
 def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
@@ -81,10 +86,10 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
         y_i = sum_{j <= i} exp(a_i - a_j) (C_i . B_j) (dt_j x_j)   +   exp(a_i) S_in C_i
 
     with a = cumsum(dt A) inside the chunk and S_in the state that enters it. The first term looks
-    like attention without a softmax and costs Q^2; the second is how the past arrives. L/Q chunks
-    of cost Q^2 + Q N each are linear in L. (SSD paper, sec. 6 and listing 1)
+    like attention without a softmax; the second is how the past arrives. L/Q chunks, each of about
+    Q^2 P + 2 Q P N multiply-adds a head, are linear in L. (SSD paper, sec. 6 and listing 1)
 
-    Any L: the last chunk is filled up with dt = 0, frames that neither fade nor feed the state.
+    Any L: the last chunk is filled up with dt = 0, at which the state neither fades nor takes in.
     """
     L, H, Q = *x.shape[1:3], min(chunk, x.shape[1])
     state = _initial_state(x, B, initial_state)
@@ -98,27 +103,28 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     # a sum over the whole sequence would lose the digits of the small differences that matter.
     a = rearrange(dt.to(state.dtype) * A, "b (c q) h -> b c h q", q=Q).contiguous().cumsum(-1)
 
-    # 1. Inside each chunk: y_i = sum_j M_ij u_j. The mask enters before the exponential: above the
-    #    diagonal a_i - a_j > 0 may overflow, and inf * 0 would poison the gradient.
+    # 1. Inside each chunk: y_i = sum_j M_ij u_j, M_ij = exp(a_i - a_j) (C_i . B_j). The mask enters
+    #    before the exponential: above the diagonal a_i - a_j > 0 may overflow, and inf * 0 would
+    #    poison the gradient.
     future = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
     decay = (a[..., :, None] - a[..., None, :]).masked_fill_(future, -torch.inf).exp()
     M = decay.to(x.dtype) * (C @ B.mT)[:, :, None]  # (B, c, H, Q, Q)
     y = M @ u  # (B, c, H, Q, P)
 
-    # 2. What each chunk adds to the state: every frame's outer product, faded to the chunk's end.
+    # 2. What each chunk adds to the state: the sum of its outer products, faded to its end.
     faded = u * torch.exp(a[..., -1:] - a)[..., None].to(u.dtype)
     added = rearrange(faded, "b c h q p -> b c (h p) q") @ B
-    added = rearrange(added, "b c (h p) n -> b c h p n", h=H)
+    added = rearrange(added, "b c (h p) n -> b c h p n", h=H)  # (B, c, H, P, N)
 
     # 3. Pass the state along the chunks: the recurrence again, L/Q steps instead of L.
     whole, entering = torch.exp(a[..., -1])[..., None, None], []  # (B, c, H, 1, 1)
     for fade, new in zip(whole.unbind(1), added.unbind(1)):
-        entering.append(state)
+        entering.append(state)  # (B, H, P, N)
         state = fade * state + new
 
     # 4. What the entering state says: read it through C, faded from the chunk's beginning.
     read = C @ rearrange(torch.stack(entering, 1).to(C.dtype), "b c h p n -> b c n (h p)")
-    read = rearrange(read, "b c q (h p) -> b c h q p", h=H)
+    read = rearrange(read, "b c q (h p) -> b c h q p", h=H)  # (B, c, H, Q, P)
     y = y + read * torch.exp(a)[..., None].to(y.dtype)
 
     y = rearrange(y, "b c h q p -> b (c q) h p")[:, :L]
@@ -144,7 +150,7 @@ def _initial_state(x, B, state):
 # 2  The layers
 #
 # Each maps (B, L, D) to (B, L, D) in two ways that share their parameters and agree:
-#   forward(h, context)      -> y, state   a whole sequence, and what to remember of it
+#   forward(h, context)      -> y, state   a whole sequence from its beginning, and what to remember
 #   step(h, state, position) -> y          one more frame (B, D); the state is updated in place
 
 
@@ -179,8 +185,8 @@ class Mamba2(nn.Module):
         self.sizes = [self.d_inner, self.d_inner + 2 * self.d_state, heads]  # z | x B C | dt
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
         self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], config.d_conv, groups=self.sizes[1])
-        # dt starts log-uniform in [1e-3, 1e-1], A uniform in [1, 16]: memories of between about one
-        # and a thousand frames, so that there is something for every time scale to grow from.
+        # dt starts log-uniform in [1e-3, 1e-1], -A uniform in [1, 16]: memories of about one to a
+        # thousand frames, so that there is something for every time scale to grow from.
         dt_range, A_range = (1e-3, 1e-1), (1, 16)
         if config.init == "memory":
             # With few heads and a small N hardly any head remembers the text when the music begins,
@@ -387,7 +393,7 @@ class LMConfig:
     expand: int = 2  # Mamba-2 works on expand * D channels, in expand * D / P heads
     d_conv: int = 4  # taps of Mamba-2's convolution
     init: str = "mamba2"  # how an SSD starts: as its authors', or memory: as running means
-    chunk: int = 256  # Q, frames that the SSD handles by one matrix product
+    chunk: int = 256  # Q, frames in a chunk of the SSD: changes speed and memory, not the result
     ff_mult: int = 2  # hidden width of the feed-forward layer, in units of D
     attention_heads: int = 8  # heads of self- and cross-attention
     mixer: str = "ff"  # ff, or einfft: the channel mixer of simba and cross-simba
@@ -724,7 +730,8 @@ def generate(
     (R, K, T): music to continue, which is not yielded again. Memory does not grow with `frames`
     (but for the Transformer, whose cache does).
 
-    Classifier-free guidance: logits = u + guidance (c - u), both halves in one batch (SSMTTM IV-A).
+    Classifier-free guidance: logits = without + guidance (with - without the prompt), both halves
+    in one batch (SSMTTM IV-A).
 
     A sample depends on its prompt and its seed alone, to the last bit, however many others are made
     beside it: a matrix product of another height rounds differently, so the batch always runs in

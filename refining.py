@@ -83,19 +83,19 @@ def measure(name, codec, true, codes, seconds=None, audio=None, rendered=None):
     return name, cells
 
 
-def loss_curves(path, folders, smooth=50):
-    """The training losses of runs, from the log.jsonl above each checkpoint."""
+def loss_curves(path, folders):
+    """The training losses of runs, means of 50, from the log.jsonl above each checkpoint."""
     plt = figures.pyplot()
     figure, axis = plt.subplots(figsize=(7, 4))
     for i, folder in enumerate(folders):
         with open(folder.parent / "log.jsonl") as lines:
             rows = [row for row in map(json.loads, lines) if "loss" in row]
-        losses = np.convolve([row["loss"] for row in rows], np.ones(smooth) / smooth, "valid")
+        n = min(50, len(rows))
+        losses = np.convolve([row["loss"] for row in rows], np.ones(n) / n, "valid")
         shape = read_config(folder)["model"]
         label = f"{shape['backbone']}, {shape['layers']} layers"
-        axis.plot(
-            [row["step"] for row in rows[smooth - 1 :]], losses, figures.COLOURS[i], label=label
-        )
+        steps = [row["step"] for row in rows[n - 1 :]]
+        axis.plot(steps, losses, figures.COLOURS[i % 7], label=label)
     axis.set(xlabel="step", ylabel="squared error of v, training")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
@@ -105,10 +105,12 @@ def loss_curves(path, folders, smooth=50):
 
 
 def picture(path, columns):
-    """Four clips below one another, each column (name, z (B, D, L)) a way to make them."""
-    plt = figures.pyplot()
-    figure, axes = plt.subplots(4, len(columns), figsize=(5 * len(columns), 11), sharex=True)
-    top = columns[-1][1].amax((1, 2))
+    """Up to four clips below one another, each column (name, z (B, D, L)) a way to make them."""
+    plt, top = figures.pyplot(), columns[-1][1].amax((1, 2))
+    rows = min(4, len(top))
+    figure, axes = plt.subplots(
+        rows, len(columns), figsize=(5 * len(columns), 2.75 * rows), sharex=True, squeeze=False
+    )
     for row, line in enumerate(axes):
         for axis, (name, z) in zip(line, columns):
             clip = z[row, :, :430].numpy()
@@ -116,7 +118,7 @@ def picture(path, columns):
                 clip, origin="lower", aspect="auto", cmap="magma", extent=(0, 4.99, 0, len(clip)),
                 vmin=top[row] - 70, vmax=top[row],
             )  # fmt: skip
-            axis.set(title=name if row == 0 else "", xlabel="seconds" if row == 3 else "")
+            axis.set(title=name if row == 0 else "", xlabel="seconds" if row == rows - 1 else "")
         line[0].set_ylabel("band")
     figure.tight_layout()
     figure.savefig(path, dpi=55)
@@ -138,7 +140,8 @@ def main():
     audio = torch.from_numpy(np.stack(toy.play_clips([toy.VALID * i for i in range(count)])))
     if (codec.encode(audio[:1])[0] != true[0]).float().mean() > 0.05:
         raise ValueError(
-            "the rendered clips are not those of the corpus: another FluidSynth, font?"
+            "the clips as rendered here are not those of the corpus, so the FluidSynth or its font"
+            " is another: apt-get install fluidsynth fluidr3mono-gm-soundfont"
         )
     captions = [
         toy.caption(valid.rows[i]["factors"], np.random.default_rng([17, i])) for i in range(count)

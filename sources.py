@@ -22,7 +22,7 @@ import numpy as np
 
 import captions
 
-AUDIO = """.wav .flac .ogg .mp3 .aiff .aif .opus .m4a .aac .wma .au .caf .w64 .mp4""".split()
+AUDIO = ".wav .flac .ogg .mp3 .aiff .aif .opus .m4a .aac .wma .au .caf .w64 .mp4".split()
 VOCAL = "has a caption that mentions vocals"
 
 
@@ -66,9 +66,8 @@ def audio_files(root):
     if not os.path.isdir(root):
         raise ValueError(f"{root} is no folder")
     seen, found = {os.path.realpath(root)}, []
-    for folder, names, files in os.walk(
-        root, followlinks=True, onerror=lambda e: found.append((e.filename, f"is no {e.strerror}"))
-    ):
+    failed = lambda error: found.append((error.filename, f"cannot be read: {error.strerror}"))
+    for folder, names, files in os.walk(root, followlinks=True, onerror=failed):
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(names)}
         names[:] = [n for n in real if real[n] not in seen and not seen.add(real[n])]
         for path in (os.path.join(folder, name) for name in files):
@@ -133,10 +132,8 @@ def jamendo_tracks(metadata, audio, song_describer, options):
     if song_describer:
         excluded, why = _song_describer(song_describer), "belongs to the Song Describer Dataset"
     elif splits["test"]:
-        excluded, why = (
-            splits["test"],
-            "is in split-0's test set, where Song Describer's tracks are",
-        )
+        excluded = splits["test"]
+        why = "is in split-0's test set, where Song Describer's tracks are"
     else:
         raise ValueError(
             f"{metadata} has no data/splits/split-0: clone github.com/MTG/mtg-jamendo-dataset, or "
@@ -195,7 +192,10 @@ def read_licences(file):
     Its blocks are a path, the credit, and a sentence that ends with the licence."""
     licences, path = {}, None
     if not Path(file).is_file():
-        raise ValueError(f"{file} is missing: no clip may go without its licence")
+        raise ValueError(
+            f"{file} is missing, and no clip may go without its licence: "
+            "`git clone https://github.com/MTG/mtg-jamendo-dataset`"
+        )
     with open(file, encoding="utf-8", errors="replace") as lines:
         for line in map(str.strip, lines):
             if re.fullmatch(r"\d\d/\d+\.mp3", line):
@@ -253,7 +253,8 @@ def read_musiccaps(table):
 
 
 def musiccaps_files(audio):
-    """-> {ytid: path}; as downloaders name files, by the ytid first or in brackets"""
+    """-> {ytid: path}; as downloaders name files, by the ytid: first, behind one character, or in
+    brackets"""
     files = {}
     for path, reason in audio_files(audio):
         stem = Path(path).stem

@@ -550,7 +550,8 @@ def obstacle(device):
     if triton is None:
         return "Triton is not installed"
     if device.type != "cuda" or torch.version.hip:
-        return f"the Triton kernels are for NVIDIA GPUs, and this is {device.type}"
+        this = "an AMD one" if device.type == "cuda" else device.type
+        return f"the Triton kernels are for NVIDIA GPUs, and this is {this}"
     if torch.cuda.get_device_properties(device).major < 8:
         return "the Triton kernels need a GPU of sm_80 or later"
     return None
@@ -568,11 +569,12 @@ def available(x):
 
 
 def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
-    """The SSD with a memory of its own making: y and the final state, see model.ssd_recurrent.
+    """The SSD by the kernels above: y and the final state, as `model.ssd_recurrent` defines them.
 
     x (B,L,H,P) in bf16, fp16 or fp32, dt (B,L,H) after softplus, A (H,) negative, B and C (B,L,N),
     D (H,) or None, initial_state (B,H,P,N) or None for zeros -> y like x, final_state fp32.
-    Any L, N and P up to 128; `chunk` changes the speed alone, and is rounded up to a power of two.
+    Any L and N, P up to 128; `chunk` changes the speed alone: it is rounded up to a power of two,
+    at least 16.
     ValueError without Triton, and for what it has no kernel for.
     """
     if triton is None:

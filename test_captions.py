@@ -52,13 +52,15 @@ def test_a_sentence_is_made_from_tags():
 
 def test_tables_of_captions_are_read_in_every_form(tmp_path):
     expected = {"a.wav": "one", "b/c.wav": 'two, "three"'}
-    (tmp_path / "t.csv").write_text('path,caption\na.wav,one\nb/c.wav,"two, ""three"""\n')
-    (tmp_path / "t.tsv").write_text('caption\ttrack_id\none\ta.wav\ntwo, "three"\tb/c.wav\n')
+    folder = tmp_path / "tsv and others"  # the extension counts, not the folder's name
+    folder.mkdir()
+    (folder / "t.csv").write_text('path,caption\na.wav,one\nb/c.wav,"two, ""three"""\n')
+    (folder / "t.tsv").write_text('caption\ttrack_id\none\ta.wav\ntwo, "three"\tb/c.wav\n')
     rows = [{"path": k, "caption": v} for k, v in expected.items()]
     rows += [{"path": "a.wav", "caption": "later"}, {"path": "d.wav", "caption": " "}]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     for name in ("t.csv", "t.tsv", "t.jsonl"):
-        assert read_table(str(tmp_path / name)) == expected
+        assert read_table(str(folder / name)) == expected
 
 
 @pytest.mark.parametrize(
@@ -86,8 +88,11 @@ def test_published_captions_come_as_parquet_from_the_hub(tmp_path, monkeypatch):
     package = ModuleType("pyarrow")
     package.parquet = parquet
     monkeypatch.setitem(sys.modules, "pyarrow", package)
-    monkeypatch.setattr(captions, "download", lambda *args: tmp_path / "train.parquet")
-    assert read_table(captions.PUBLISHED) == {"14/214.mp3": "a song"}
+    asked = []
+    fetch = lambda name, *rest: asked.append(name) or tmp_path / "train.parquet"
+    monkeypatch.setattr(captions, "download", fetch)
+    assert read_table("disco-eth/jamendo-fma-captions") == {"14/214.mp3": "a song"}
+    assert asked == ["disco-eth/jamendo-fma-captions"]
 
 
 def test_a_table_gives_a_folder_its_captions(tmp_path):
@@ -103,7 +108,7 @@ def test_a_table_gives_a_folder_its_captions(tmp_path):
     assert found == {("a.wav", "from the table", "table"), ("c.wav", "from beside it", "sidecar")}
 
 
-# ------------------------------------------------------------------- stand-ins for the models ----
+# ------------------------------------------------------------------ stand-ins for the models ----
 
 
 def tokenizer():
@@ -179,12 +184,9 @@ def test_the_captioners_spectrogram_is_in_dB_of_mel_bands(captioner):
 
 def test_a_chat_model_makes_one_caption_of_three(chat_model):
     rephrase = Rephraser(chat_model)
-    said = rephrase(["a calm piano", "a calm piano with drums", "drums"])
-    assert (
-        isinstance(said, str)
-        and said
-        and said == rephrase(["a calm piano", "a calm piano with drums", "drums"])
-    )
+    parts = ["a calm piano", "a calm piano with drums", "drums"]
+    said = rephrase(parts)
+    assert isinstance(said, str) and said and said == rephrase(parts)
     assert "{captions}" in captions.PROMPT
 
 

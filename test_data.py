@@ -112,7 +112,7 @@ def test_bad_folders_get_one_sentence(tmp_path):
         Clips(tmp_path, "train")
 
 
-# ------------------------------------------------------------------------ from audio to clips ----
+# ----------------------------------------------------------------------- from audio to clips ----
 
 
 def tone(seconds, rate=44100, pitch=440.0):
@@ -242,11 +242,8 @@ def test_a_torture_folder_keeps_what_is_good_and_names_what_is_bad(torture, tmp_
     }
     assert skipped.keys() == bad.keys()
     for name, reason in bad.items():
-        assert (
-            reason in skipped[name]
-            and "\n" not in skipped[name]
-            and str(music) not in skipped[name]
-        )
+        told = skipped[name]
+        assert reason in told and "\n" not in told and str(music) not in told
     rows = lines(tmp_path / "data/manifest.jsonl")
     assert len({row["path"] for row in rows}) == good
     assert all(os.path.isfile(row["path"]) for row in rows), "names come back, whatever their bytes"
@@ -303,7 +300,7 @@ def test_memory_does_not_grow_with_a_file(tmp_path):
     assert seconds == 600 * 44100 and peak < 60e6  # the whole would be 106 MB, four times over
 
 
-# --------------------------------------------------------------- killed, divided, gone on with ----
+# ------------------------------------------------------------- killed, divided, gone on with ----
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +334,7 @@ def test_killed_wherever_a_file_appears_and_begun_again_the_result_is_the_same(
     class Killed(BaseException):
         pass
 
-    replace, point = os.replace, 0
+    replace = os.replace
     for point in itertools.count():  # the point-th renaming is the last thing that happens
         out, left = tmp_path / str(point), [point]
 
@@ -381,7 +378,7 @@ def test_two_ranks_share_one_folder(songs, tmp_path):
     assert contents(tmp_path / "d") == whole
 
 
-def test_music_that_was_added_is_added_and_the_rest_stays(songs, tmp_path, capsys, monkeypatch):
+def test_music_that_was_added_is_added_and_the_rest_stays(songs, tmp_path, monkeypatch):
     music, command, whole = songs
     copy, out = tmp_path / "music", str(tmp_path / "data")
     shutil.copytree(music, copy)
@@ -424,7 +421,7 @@ def test_another_command_does_not_spoil_a_folder(songs, tmp_path):
     assert contents(tmp_path / "d") == before
 
 
-def test_a_full_disk_is_told_before_anything_is_written(songs, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_told_before_anything_is_written(songs, tmp_path, monkeypatch):
     _, command, _ = songs
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match="needs about 0 MB of disk while it works; 0 MB are free"):
@@ -482,6 +479,19 @@ def test_show_lists_plays_and_plots(songs, tmp_path, capsys):
         data.main(["show", str(tmp_path / "nowhere")])
 
 
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    closed, scandir = str(tmp_path / "closed"), os.scandir
+    os.mkdir(closed)
+
+    def refuse(path):
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert sources.audio_files(tmp_path) == [(closed, "cannot be read: Permission denied")]
+
+
 def test_no_audio_is_one_sentence_and_exit_2(tmp_path):
     run = start("folder", tmp_path, "--out", tmp_path / "out")
     _, err = run.communicate()
@@ -491,7 +501,7 @@ def test_no_audio_is_one_sentence_and_exit_2(tmp_path):
         data.main(["folder", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
 
 
-# ----------------------------------------------------------------------------------- the corpora --
+# ------------------------------------------------------------------------------- the corpora ----
 
 JAMENDO = """TRACK_ID\tARTIST_ID\tALBUM_ID\tPATH\tDURATION\tTAGS
 track_0000775\tartist_000104\talbum_000126\t75/775.mp3\t198.1\tgenre---easylistening\tgenre---lounge

@@ -2,12 +2,14 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import diffusion
+import train
 from codec import load_codec
 from diffusion import (
     BiMamba2,
@@ -28,19 +30,18 @@ CODEC = load_codec("toy")
 SCHEDULE = cosine_schedule(100)
 
 
-def small(backbone="ssd", **options):
+def small(backbone="ssd"):
     """A random refiner of the toy codec, loud enough to say something, and a text encoder."""
     torch.manual_seed(0)
     config = dict(layers=2, d_model=32, d_state=8, headdim=16, chunk=16, attention_heads=4)
-    config |= dict(window=64)
-    refiner = Refiner(RefinerConfig(backbone, **(config | dict(d_text=64) | options)))
+    refiner = Refiner(RefinerConfig(backbone, **config, d_text=64, window=64))
     refiner.fit(CODEC)
     torch.nn.init.normal_(refiner.out.weight, std=0.3)
     return refiner.eval(), tiny()[1]
 
 
-def codes(L, seed=0, K=9):
-    return torch.randint(1024, (K, L), generator=torch.Generator().manual_seed(seed))
+def codes(L, seed=0):
+    return torch.randint(1024, (9, L), generator=torch.Generator().manual_seed(seed))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -199,8 +200,8 @@ def test_shifting_the_input_shifts_the_output():
     m = mixer()
     m.conv1d.bias.zero_()
     h = F.pad(torch.randn(1, 12, 16, dtype=torch.float64), (0, 0, 10, 20))
-    dt_only = m(h), m(h.roll(5, 1))
-    torch.testing.assert_close(dt_only[0].roll(5, 1)[:, 15:27], dt_only[1][:, 15:27])
+    there, later = m(h), m(h.roll(5, 1))
+    torch.testing.assert_close(there.roll(5, 1)[:, 15:27], later[:, 15:27])
 
 
 @pytest.mark.parametrize("backbone", ["ssd", "attention"])
@@ -245,10 +246,8 @@ def test_it_learns():
     refiner, encoder = small()
     refiner.train()
     torch.nn.init.zeros_(refiner.out.weight)
-    optimizer, given = (
-        torch.optim.AdamW(refiner.parameters(), 3e-3),
-        codes(24)[None].expand(8, -1, -1),
-    )
+    optimizer = torch.optim.AdamW(refiner.parameters(), 3e-3)
+    given = codes(24)[None].expand(8, -1, -1)
     losses = []
     for i in range(60):
         loss = refiner_loss(
@@ -287,7 +286,7 @@ def test_any_length_keeps_the_sketch_and_depends_on_the_seed_alone(L):
 
 
 @pytest.mark.usefixtures("short_windows")
-def test_a_window_goes_on_from_the_one_before_and_from_what_was_heard():
+def test_a_window_goes_on_from_the_one_before_and_from_what_was_heard(monkeypatch):
     refiner, encoder = small()
     seen, real = [], diffusion.denoise
 
@@ -295,15 +294,12 @@ def test_a_window_goes_on_from_the_one_before_and_from_what_was_heard():
         seen.append(refiner.snap(CODEC, known)[0] if known.shape[2] else None)
         return real(predict, x, schedule, steps, generator, known, limit)
 
-    diffusion.denoise = spy
-    try:
-        made = run(refiner, encoder, codes(120))
-        assert seen[0] is None and (seen[1] == made[1:, 40:56]).all()
-        seen.clear()
-        run(refiner, encoder, codes(20), heard=made)
-        assert (seen[0] == made[1:, -16:]).all()
-    finally:
-        diffusion.denoise = real
+    monkeypatch.setattr(diffusion, "denoise", spy)
+    made = run(refiner, encoder, codes(120))
+    assert seen[0] is None and (seen[1] == made[1:, 40:56]).all()
+    seen.clear()
+    run(refiner, encoder, codes(20), heard=made)
+    assert (seen[0] == made[1:, -16:]).all()
 
 
 def test_guidance_of_one_is_the_conditional_and_of_zero_the_unconditional():
@@ -337,8 +333,6 @@ def test_a_checkpoint_comes_back_the_same_and_another_model_is_told_apart(tmp_pa
 
 
 def test_a_refiner_is_trained_resumed_exactly_and_played(tmp_path, monkeypatch, capsys):
-    import train
-
     monkeypatch.chdir(tmp_path)
     size = "--variant refiner --layers 1 --d-model 32 --d-state 8 --batch 2 --seconds 0.5"
     size += " --crop 0.5 --valid-clips 2 --valid-every 3 --headdim 16"
@@ -353,8 +347,6 @@ def test_a_refiner_is_trained_resumed_exactly_and_played(tmp_path, monkeypatch, 
     }
     config = json.loads((tmp_path / "out/whole/last/config.json").read_text())
     assert config["train"]["ema"] > 0
-    import signal
-
     real = train.Log.write
 
     def stop_after_three(self, **row):

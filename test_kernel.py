@@ -142,10 +142,9 @@ def test_gradients_of_y_alone_and_of_the_final_state_alone(used):
 def test_the_future_does_not_reach_the_past():
     args = [a.detach().float().requires_grad_() for a in inputs(2, P=16, N=16)]
     y, _ = ssd_kernel.ssd(*args, chunk=16)
-    for i, g in zip(
-        (0, 1, 3, 4), torch.autograd.grad(y[:, 20].sum(), [args[j] for j in (0, 1, 3, 4)])
-    ):
-        assert g[:, 21:].abs().max() == 0 and g[:, :21].abs().max() > 0, i
+    x, dt, _, B, C, *_ = args
+    for g in torch.autograd.grad(y[:, 20].sum(), [x, dt, B, C]):
+        assert g[:, 21:].abs().max() == 0 and g[:, :21].abs().max() > 0
 
 
 @interpreted

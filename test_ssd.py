@@ -6,10 +6,10 @@ import torch
 from model import ssd_chunked, ssd_recurrent
 
 
-def inputs(seed=0, B=2, L=50, H=3, P=4, N=5, dtype=torch.float64, decay=1.0):
+def inputs(seed=0, B=2, L=50, H=3, P=4, N=5, decay=1.0):
     """Random x, dt, A, B, C, D and an initial state; `decay` scales how fast the state fades."""
     g = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     dt = decay * torch.nn.functional.softplus(normal(B, L, H) - 1)
     A = -torch.exp(normal(H))
     values = [normal(B, L, H, P), dt, A, normal(B, L, N), normal(B, L, N), normal(H)]
@@ -20,7 +20,8 @@ def outputs_and_gradients(f, args, **options):
     """y, final state, and the gradients of a random weighting of both, in that order."""
     y, state = f(*args, **options)
     g = torch.Generator().manual_seed(99)
-    weigh = lambda v: (v * torch.randn(v.shape, generator=g, dtype=torch.float64)).sum()
+    random = lambda v: torch.randn(v.shape, generator=g, dtype=torch.float64).to(v.device)
+    weigh = lambda v: (v * random(v)).sum()
     return [y, state, *torch.autograd.grad(weigh(y) + weigh(state), args)]
 
 

@@ -73,11 +73,8 @@ def test_captions_tell_the_truth(length):
             assert not re.search(r"\bfast\b", text), text
         for genre in toy.GENRES:
             if genre not in (f["genre"], f["rhythm"]):
-                others = toy.GENRES[f["genre"]], toy.GENRES[f["rhythm"] or f["genre"]]
-                own = " ".join([*others[0].words, *others[1].words, *others[0].band])
-                own += " ".join(
-                    [*others[1].beat, *others[0].beat, others[0].place, others[1].place]
-                )
+                g, r = toy.GENRES[f["genre"]], toy.GENRES[f["rhythm"] or f["genre"]]
+                own = " ".join([*g.words, *g.band, *r.words, *r.beat, r.place])
                 assert genre in own or not re.search(rf"\b{genre}\b", text), (genre, text)
         if f["rhythm"] and f["genre"] in text and f["rhythm"] in text:
             assert text.index(f["genre"]) < text.index(f["rhythm"]), text

@@ -2,7 +2,7 @@
 
 A clip is made from a handful of *factors* (genre, rhythm, tempo, key, lead, mood) in three steps:
 
-    factors --compose--> notes (pretty_midi) --render--> audio (fluidsynth)
+    factors --compose--> notes (pretty_midi) --render_many--> audio (fluidsynth)
     factors --caption--> text
 
 All knowledge about music is in two tables: GENRES, a songbook with a page of tablature for each
@@ -13,7 +13,7 @@ carry the first one's harmony, comping and lead: genre "jazz" with rhythm "regga
 Everything random comes from a generator seeded by the caller; a clip's index determines the clip.
 
     python toy.py listen --n 8 --out toy-clips     wav files, their factors and captions
-    python toy.py build                            all but the language model, made from scratch
+    python toy.py build                            codec, tokenizer, text encoder and corpus, anew
     python toy.py build --corpus-only --clips 20000 --out data/toy-large      a larger corpus
     python toy.py ship out/simba/best              a trained model, made the one that ships
 
@@ -204,7 +204,7 @@ def sample_clip(index: int, split_seed: int = 0) -> tuple[dict, int]:
     return sample_factors(rng), int(rng.integers(2**31))
 
 
-# ---------------------------------------------------------------------------------- composing ----
+# --------------------------------------------------------------------------------- composing ----
 
 
 def fit(part: str, own_bar: int, bar: int, bars: int) -> str:
@@ -302,7 +302,7 @@ def compose(factors: dict, seed: int, seconds: float = 10.0) -> pretty_midi.Pret
     part = player(r.kit, 0, "drums", is_drum=True)
     phrase = 2 if factors["mood"] == "energetic" else 4
     for letter, pattern in kit.items():
-        line = fit(pattern, 4 * r.beats if letter not in extra[::2] else 16, bar, bars)
+        line = fit(pattern, 16 if letter in extra[::2] else bar, bar, bars)
         for step, char, _ in onsets(line):
             fill = r.fill and step // bar % phrase == phrase - 1 and step % bar >= bar - len(r.fill)
             weak = char == "o" or (char == "x" and step % 4 and letter not in "KSPERV")
@@ -417,7 +417,7 @@ def compose(factors: dict, seed: int, seconds: float = 10.0) -> pretty_midi.Pret
     return midi
 
 
-# ---------------------------------------------------------------------------------- rendering ----
+# --------------------------------------------------------------------------------- rendering ----
 
 FONTS = [
     "/usr/share/sounds/sf3/FluidR3Mono_GM.sf3",
@@ -425,6 +425,10 @@ FONTS = [
     "/usr/share/sounds/sf2/FluidR3_GM.sf2",
     "/usr/share/soundfonts/FluidR3_GM.sf2",
 ]
+MISSING = (
+    "toy.py needs fluidsynth and its sound font to play music: "
+    "apt-get install fluidsynth fluidr3mono-gm-soundfont"
+)
 RMS, KNEE = 0.08, 0.7  # loudness of every clip; above the knee peaks are bent, none reaches 1
 # fluidsynth reads its clock in whole milliseconds, once in each buffer of 64 samples; 640 ms are
 # 441 buffers, after which all rounding repeats. With ticks of exactly 1 ms and slots of whole
@@ -466,17 +470,6 @@ def render_many(midis: list, seconds: float) -> list[np.ndarray]:
     return [master(audio[start:][:n], room / 127) for start, room in zip(samples, rooms)]
 
 
-def render(midi: pretty_midi.PrettyMIDI, seconds: float) -> np.ndarray:
-    """One clip; see render_many, which is much quicker for several."""
-    return render_many([midi], seconds)[0]
-
-
-MISSING = (
-    "toy.py needs fluidsynth and its sound font to play music: "
-    "apt-get install fluidsynth fluidr3mono-gm-soundfont"
-)
-
-
 def join(midis: list, slot: int, silence: int) -> bytes:
     """A MIDI file of clips at multiples of `slot` ms, each cut off after `silence` ms."""
     events = []  # (ms, order among simultaneous events, the message's bytes)
@@ -503,8 +496,8 @@ def join(midis: list, slot: int, silence: int) -> bytes:
             # 120: all sound off, at once; 121: controllers back to normal
             for control in (120, 121):
                 events.append((start + silence, 4, bytes([0xB0 + channel, control, 0])))
-    track, now = b"\x00\xff\x51\x03" + (1_000_000).to_bytes(3, "big"), 0  # 1 s a "quarter note" ...
-    chunks = [track]
+    # A "quarter note" takes 1 s, as the first message says, and 1000 ticks, as the head says.
+    chunks, now = [b"\x00\xff\x51\x03" + (1_000_000).to_bytes(3, "big")], 0
     for tick, _, message in sorted(events, key=lambda e: e[:2]):
         wait, now = tick - now, tick
         digits = [wait & 127]  # a variable-length number: seven bits a byte, the last without bit 8
@@ -512,9 +505,7 @@ def join(midis: list, slot: int, silence: int) -> bytes:
             digits.insert(0, wait & 127 | 128)
         chunks.append(bytes(digits) + message)
     track = b"".join(chunks) + b"\x00\xff\x2f\x00"
-    head = (
-        b"MThd" + bytes([0, 0, 0, 6, 0, 0, 0, 1]) + (1000).to_bytes(2, "big")
-    )  # ... of 1000 ticks
+    head = b"MThd" + bytes([0, 0, 0, 6, 0, 0, 0, 1]) + (1000).to_bytes(2, "big")
     return head + b"MTrk" + len(track).to_bytes(4, "big") + track
 
 
@@ -544,7 +535,7 @@ def master(audio: np.ndarray, room: float) -> np.ndarray:
     return audio.astype(np.float32)
 
 
-# ----------------------------------------------------------------------------------- captions ----
+# ---------------------------------------------------------------------------------- captions ----
 
 
 def tempo_word(bpm: int) -> str:
@@ -556,8 +547,6 @@ TEMPO_WORDS = {
     "mid-tempo": ["mid-tempo", "mid-tempo", "medium-tempo", "moderate"],
     "fast": ["fast", "fast", "up-tempo", "fast-paced", "quick"],
 }
-
-
 NOUNS = "track track tune piece song instrumental groove music loop".split()
 OPENERS = ["", "", "", "", "this is ", "play ", "i want ", "give me ", "make ", "we hear "]
 MIXED = ["{}-flavoured {}", "{}-infused {}", "{} harmony over a {} groove", "{} with a {} beat"]
@@ -604,16 +593,12 @@ def worded(factors: dict, rng) -> SimpleNamespace:
     )
 
 
-FEW_WORDS = (
-    """
+FEW_WORDS = """
 {name}|{name}|{name} {noun}|{mood} {name}|{mood} {name}|{tempo} {name}|{lead} {name}|{name} {lead}
 {name} with {lead}|{tempo} {lead} {name}|{mood} {lead} {name}|{tempo} {mood} {name}|{name}, {mood}
 {mood} {tempo} {name}|{name} {number}|{name} at {number}|{name} in {key}|{mood} {name} {lead}
 {number} {name}|{mood} {name} at {number}|{lead} {name}, {number}|{name}, {number}
-""".strip()
-    .replace("\n", "|")
-    .split("|")
-)
+""".strip().replace("\n", "|").split("|")  # fmt: skip
 
 
 def few_words(factors: dict, rng) -> str:
@@ -773,7 +758,7 @@ def paragraph(factors: dict, rng) -> str:
     return ". ".join([first.strip(), *more[:count]])
 
 
-# ------------------------------------------------------------------------------- the corpus ----
+# -------------------------------------------------------------------------------- the corpus ----
 
 TOKENIZER = ROOT / "toy" / "tokenizer.json"
 TEXT = ROOT / "toy" / "text.safetensors"
@@ -788,12 +773,14 @@ def corpus() -> Path:
     """The data folder of the corpus that ships here, unpacked on first use."""
     if not (UNPACKED / "manifest.jsonl").exists():
         if not PACKED.exists():
-            raise ValueError(f"{PACKED} is missing: `python toy.py build` makes it anew")
+            raise ValueError(f"no {PACKED}: `git checkout -- toy/{PACKED.name}` restores it")
         temporary = UNPACKED.with_name(f"toy.{os.getpid()}")
         with tarfile.open(PACKED) as tar:
             tar.extractall(temporary, filter="data")
-        shutil.rmtree(UNPACKED, ignore_errors=True)
-        os.replace(temporary, UNPACKED)
+        try:
+            os.replace(temporary, UNPACKED)
+        except OSError:  # another process was quicker
+            shutil.rmtree(temporary)
     return UNPACKED
 
 
@@ -932,11 +919,11 @@ def build(args):
         print(f"{PACKED}: {PACKED.stat().st_size / 1e6:.1f} MB")
 
 
-# -------------------------------------------------------------------------------- command line ----
+# ------------------------------------------------------------------------------ command line ----
 
 
 def listen(args):
-    """Render some clips to wav files and print what they are."""
+    """Renders some clips to wav files and prints what they are."""
     import soundfile
 
     folder = Path(args.out)
@@ -957,7 +944,7 @@ def listen(args):
 
 
 def ship(args):
-    """Make a checkpoint the one that ships: in half precision, with its sampling options."""
+    """Makes a checkpoint the one that ships: in half precision, with its sampling options."""
     import torch
 
     from diffusion import is_refiner, load_refiner
@@ -986,7 +973,7 @@ def main():
     c = commands.add_parser("listen", help=listen.__doc__)
     c.add_argument("--n", type=int, default=8, help="number of clips")
     c.add_argument("--first", type=int, default=0, help="index of the first clip")
-    c.add_argument("--seconds", type=float, default=10.0)
+    c.add_argument("--seconds", type=float, default=SECONDS, help="length of a clip")
     c.add_argument("--out", default="toy-clips", help="folder for the wav files")
     c.set_defaults(run=listen)
     c = commands.add_parser("build", help=build.__doc__)
