@@ -112,24 +112,23 @@ class Clips:
         clip = np.pad(clip, ((0, 0), (0, missing)), constant_values=self.meta["codebook_size"])
         return clip.astype(np.int64)
 
-    def batch(self, first, count, frames, seed, describe, caption_dropout=0.0):
+    def batch(self, first, count, frames, seed, describe, caption_dropout=0.0, window=0):
         """Samples `first` ... `first + count - 1` of the endless seeded shuffle.
 
-        describe(row, rng) -> caption. Returns codes (count, K, frames) int64, a random crop of each
-        clip; the frame (count,) of its clip where each begins; and `count` captions, some dropped
-        to the empty string (classifier-free guidance).
+        describe(row, rng) -> caption. Returns codes (count, K, frames) int64, the beginning of a
+        random `window` (of so many frames, at least `frames`) of each clip, and `count` captions,
+        some dropped to the empty string (classifier-free guidance).
         """
-        codes, starts, captions = [], [], []
+        codes, captions = [], []
         for sample in range(first, first + count):
             epoch, place = divmod(sample, len(self))
             i = _permutation(len(self), seed, epoch)[place]
             rng = np.random.default_rng([seed, sample])
-            start = rng.integers(max(self.rows[i]["frames"] - frames, 0) + 1)
+            start = rng.integers(max(self.rows[i]["frames"] - max(frames, window), 0) + 1)
             codes.append(self.codes(i, start, frames))
-            starts.append(int(start))
             caption = describe(self.rows[i], rng)
             captions.append("" if rng.random() < caption_dropout else caption)
-        return torch.from_numpy(np.stack(codes)), torch.tensor(starts), captions
+        return torch.from_numpy(np.stack(codes)), captions
 
 
 @functools.lru_cache(2)

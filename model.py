@@ -470,8 +470,7 @@ class MusicLM(nn.Module):
 
     `lm(codes (B,K,L), text (B,S,d_text), text_mask (B,S)) -> logits (B,K,L,V)`, where
     `logits[:, k, t]` predicts `codes[:, k, t]` from the text and earlier tokens. The begin token,
-    the shift and the delay pattern are the model's own business. start (B,): the codes are crops of
-    a clip that begin at this frame of it, which their positions tell.
+    the shift and the delay pattern are the model's own business.
     """
 
     def __init__(self, config: LMConfig):
@@ -489,9 +488,9 @@ class MusicLM(nn.Module):
             if name.endswith(("out_proj.weight", "out.weight", "down.weight")):
                 parameter.data /= math.sqrt(depth)
 
-    def forward(self, codes, text, text_mask, start=None):
+    def forward(self, codes, text, text_mask):
         K, L = codes.shape[1:]
-        h, _ = self._read(self.delay(codes)[:, :, : L + K - 1], text, text_mask, start)
+        h, _ = self._read(self.delay(codes)[:, :, : L + K - 1], text, text_mask)
         logits = torch.stack([head(h) for head in self.heads], 1)  # (B, K, L + K - 1, V)
         if K == 1:
             return logits
@@ -507,7 +506,7 @@ class MusicLM(nn.Module):
             columns[:, k, k + 1 : k + 1 + L] = codes[:, k]
         return columns
 
-    def _read(self, columns, text, text_mask, start=None):
+    def _read(self, columns, text, text_mask):
         """Reads text and columns (B, K, L) in parallel -> hidden (B, L, D) and the LMState."""
         text = self.text_norm(self.text_proj(text))  # (B, S, D)
         h = self._embed(columns)
@@ -525,8 +524,6 @@ class MusicLM(nn.Module):
                 position = torch.arange(-text.shape[1], L, device=h.device).expand(B, -1)
         else:
             position = torch.arange(L, device=h.device).expand(B, L)
-        if start is not None:
-            position = torch.cat([position[:, :-L], position[:, -L:] + start[:, None]], 1)
         read = position[:, -1] + 1
         h = h + self._positions(position).to(h.dtype)
         context = Context(text, text_mask, mask)

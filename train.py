@@ -209,8 +209,9 @@ def train(model_config, config, run, device, rank=0, ranks=1):
         signal.signal(number, lambda *_: stop.append(1))
 
     shares = ((n, share(n, config, rank, ranks)) for n in range(step, config.steps))
+    window = round(config.seconds * FRAME_RATE)  # a crop begins where the whole clip would
     make = lambda n, first, count, frames: clips.batch(
-        first, count, frames, config.seed, describe, config.caption_dropout
+        first, count, frames, config.seed, describe, config.caption_dropout, window
     )
     batches = prefetched(make, ((n, *part) for n, parts in shares for part in parts), device)
     started, first_step, bad, skipped, seen = time.time(), step, 0, 0, 0
@@ -227,9 +228,9 @@ def train(model_config, config, run, device, rank=0, ranks=1):
         )
         loss, parts = 0.0, share(step, config, rank, ranks)
         for i, (_, count, _) in enumerate(parts):
-            codes, starts, captions = next(batches)
+            codes, captions = next(batches)
             with together(objective, ranks, last=i == len(parts) - 1):
-                part = objective(codes, starts, captions) * (count * ranks / total)
+                part = objective(codes, captions) * (count * ranks / total)
                 part.backward()
             loss += part.item()
             seen += codes[:, 0].numel() * ranks
@@ -401,8 +402,7 @@ def wait_for(ranks):
 
 
 class Objective(nn.Module):
-    """codes (B, K, L), the frames of their clips where they start, and captions -> the loss; one
-    module with all that is trained."""
+    """codes (B, K, L) and their captions -> the loss; one module with all that is trained."""
 
     def __init__(self, lm, encoder, codec, config):
         super().__init__()
@@ -410,12 +410,12 @@ class Objective(nn.Module):
         self.codec, self.smoothing = codec, config.label_smoothing
         self.run = torch.compile(lm, dynamic=False) if config.compile else lm
 
-    def forward(self, codes, starts, captions):
+    def forward(self, codes, captions):
         if self.codec:
             with autocast(codes.device):
                 return refiner_loss(self.run, self.encoder, self.codec, codes, captions)
         smoothing = dict(label_smoothing=self.smoothing)
-        return caption_loss(self.run, self.encoder, codes, captions, starts, **smoothing)
+        return caption_loss(self.run, self.encoder, codes, captions, **smoothing)
 
 
 def spread(objective, config, device, ranks):
@@ -470,23 +470,22 @@ def prefetched(make, jobs, device, ahead=2):
     with ThreadPoolExecutor(1) as pool:
         waiting = deque(pool.submit(make, *job) for job in itertools.islice(jobs, ahead))
         while waiting:
-            codes, starts, captions = waiting.popleft().result()
+            codes, captions = waiting.popleft().result()
             waiting.extend(pool.submit(make, *job) for job in itertools.islice(jobs, 1))
             codes = codes.pin_memory() if device.type == "cuda" else codes
-            yield codes.to(device, non_blocking=True), starts.to(device), captions
+            yield codes.to(device, non_blocking=True), captions
 
 
 # ------------------------------------------------------------------------------------- the loss --
 
 
-def caption_loss(lm, encoder, codes, captions, starts=None, reduction="mean", label_smoothing=0.0):
-    """Cross-entropy in nats per token of codes (B, K, L) given their captions. starts (B,): the
-    frames of their clips at which they begin, if not 0."""
+def caption_loss(lm, encoder, codes, captions, reduction="mean", label_smoothing=0.0):
+    """Cross-entropy in nats per token of codes (B, K, L) given their captions."""
     with autocast(codes.device):
         with nullcontext() if encoder.trained else torch.no_grad():
             compiled = not isinstance(lm, MusicLM)  # ... and should meet few shapes
             text, mask = encoder(captions, multiple=64 if compiled else 1)
-        logits = lm(codes, text, mask, starts)  # (B, K, L, V)
+        logits = lm(codes, text, mask)  # (B, K, L, V)
     return F.cross_entropy(
         logits.float().flatten(0, 2),
         codes.flatten(),
@@ -510,7 +509,8 @@ def stages(config):
 
     Training begins with short crops, many to a batch, and their length doubles in equal stages
     until clips are whole. What the words mean shows in how the music begins, so a model learns it
-    from many beginnings; local texture comes quickly as well; whole clips teach the long run.
+    from many beginnings; local texture comes quickly as well; whole clips teach the long run. All
+    crops are beginnings, so that what the positions tell of the time is true.
     """
     whole, crop = (max(1, round(s * FRAME_RATE)) for s in (config.seconds, config.crop))
     doublings = max(0, round(math.log2(whole / crop)))
