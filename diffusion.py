@@ -348,7 +348,7 @@ KNOWN, AHEAD = 1 / 8, 1 / 16
 
 @torch.inference_mode()
 def refine(
-    refiner, encoder, codec, prompt, pieces, seed, *, heard=None, steps=25, guidance=1.0
+    refiner, encoder, codec, prompt, pieces, seed, *, heard=None, steps=25, guidance=2.0
 ) -> Iterator[Tensor]:
     """Pieces (1, l) of first-codebook codes, cut anywhere -> pieces (K, l) of all codebooks, whose
     first row is what was given. As many frames come out as went in.
@@ -359,8 +359,9 @@ def refine(
     the others go on from them, as an inpainted picture from its frame. In the same way all of it
     goes on from `heard` (K, T), which is not yielded.
 
-    guidance: v = u + guidance (c - u), u being what is told with no text and no sketch; steps:
-    see `denoise`. The same codes, prompt and seed give the same codes, to the last bit.
+    guidance: v = u + guidance (c - u), u being what is told with no text and no sketch; by 1, the
+    prediction as it is, what is made comes out a little too calm. steps: see `denoise`. The same
+    codes, prompt and seed give the same codes, to the last bit.
     """
     device, window = refiner.out.weight.device, refiner.config.window
     windows = 0  # that are painted; each has noise of its own
