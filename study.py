@@ -186,7 +186,7 @@ class Study:
                 panel.fill_between(spent[axis], low, high, color=figures.COLOURS[i], alpha=0.15)
             panel.set(xlabel=axis)
             panel.grid(alpha=0.25)
-        panels[0].set(ylabel="validation loss, nats per token", ylim=(None, losses[:, 0].max()))
+        panels[0].set(ylabel="validation loss, nats per token")
         panels[0].legend(frameon=False)
         self.figure(figure, "losses", "Validation loss against what training has cost")
 
