@@ -194,6 +194,7 @@ def through_codec(codes, codec, name):
 #   tags       (N, C), what a tagger hears in the real clip behind each prompt
 #   real       [(name, audio files or what was heard in them)], the rows above the systems
 #   factors    (N) of the clips behind the prompts, in the toy world
+#   codes      (N, 9, T) of those clips, there
 #   again      {prompt number of the set "again": group}, several samples of one prompt
 
 SAMPLES = 4  # of one prompt, for diversity
@@ -227,7 +228,7 @@ def toy_task(judge, count, codec):
         name="toy", prompts=prompts, seconds=10.0, factors=factors[:count], real=real,
         reference=torch.cat(heard.of(range(count, len(every))).frames), tags=judge.tags(mine),
         alike=[heard.of(rows).embedding for rows in [*alike.values()][:8]],
-        tokens=[every.codes(i)[0] for i in range(count)],
+        tokens=[every.codes(i)[0] for i in range(count)], codes=codes,
         about=f"{count} held-out clips; reference: the other {len(every) - count} held-out clips",
     )  # fmt: skip
 
@@ -514,24 +515,27 @@ def figure2(args):
     draw_metrics(RESULTS / f"figure2-{task.name}", series, ruler, "training step", levels)
 
 
+def by_codebooks(ruler, task, codec):
+    """What 1 ... 9 codebooks keep of the clips behind the prompts -> a table's rows"""
+    captions, rows = next(iter(task.prompts.values())), []
+    for k in range(1, codec.codebooks + 1):
+        files = through_codec(task.codes[:, :k], codec, k)
+        heard = hear(ruler, files, f"{k} codebook(s)")
+        cells = quality(ruler, task, heard, captions) | following(task, heard)
+        rows.append((f"{k} codebooks", cells))
+    return rows
+
+
 def kappa(args):
     """The forerunner's Figure 1: what 1 ... 9 codebooks of the codec keep of real clips."""
     ruler, task = open_task(args)
-    codec = load_codec("toy") if task.factors else None
-    captions = next(iter(task.prompts.values()))
-    if codec is None:
+    if not task.factors:
         raise ValueError("kappa reads the toy world's clips: leave out --musiccaps")
-    valid = Clips(toy.corpus(), "valid", codec.codebooks, codec.name)
-    codes = np.stack([valid.codes(i, 0, 862) for i in range(len(captions))])
-    found = []
-    for k in range(1, codec.codebooks + 1):
-        heard = hear(ruler, through_codec(codes[:, :k], codec, k), f"{k} codebook(s)")
-        found.append(quality(ruler, task, heard, captions) | following(task, heard))
-    names = [f"{k} codebooks" for k in range(1, codec.codebooks + 1)]
-    report("kappa", "The codec with 1 to 9 codebooks", [*zip(names, found)], task.about)
-    columns = {c: [cells[c] for cells in found] for c in drawn(ruler)}
-    real = quality(ruler, task, task.real[0][1], captions)
-    series = {"codec": ([*range(1, codec.codebooks + 1)], columns)}
+    rows = by_codebooks(ruler, task, load_codec("toy"))
+    report("kappa", "The codec with 1 to 9 codebooks", rows, task.about)
+    columns = {c: [cells[c] for _, cells in rows] for c in drawn(ruler)}
+    real = quality(ruler, task, task.real[0][1], next(iter(task.prompts.values())))
+    series = {"codec": ([*range(1, len(rows) + 1)], columns)}
     levels = {"real clips": {c: real[c][0] for c in drawn(ruler)}}
     draw_metrics(RESULTS / "kappa", series, ruler, "codebooks (κ)", levels)
 

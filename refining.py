@@ -50,6 +50,19 @@ def most_frequent(train, codes):
     return torch.cat([codes[:, :1], best[:, codes[:, 0]].transpose(0, 1)], 1)
 
 
+def refine_all(folder, codec, true, captions, name, **options):
+    """The first codebooks of true (B, 9, L), refined by a checkpoint -> codes (B, 9, L), and the
+    seconds that each clip took"""
+    refiner, encoder = load_refiner(folder), load_text_encoder(folder)
+    made, seconds = [], []
+    for i in trange(len(true), desc=name, disable=None, leave=False):
+        started = time.time()
+        pieces = refine(refiner, encoder, codec, captions[i], [true[i, :1]], i, **options)
+        made.append(torch.cat([*pieces], 1))
+        seconds.append(time.time() - started)
+    return torch.stack(made), seconds
+
+
 def measure(name, codec, true, codes, seconds=None, audio=None, rendered=None):
     """-> (name, {column: (value, interval)}) of codes (B, k, L) for clips with true ones (B, 9, L).
     audio (B, S), the clips as rendered, and its log-band frames (B, D, L) add columns."""
@@ -153,19 +166,14 @@ def main():
     shown = [("codebook 1", codec.from_codes(true[:, :1]))]
     folders = [Path(folder) for folder in args.refiners] or [SHIPPED_REFINER]
     for folder in folders:
-        refiner, encoder = load_refiner(folder), load_text_encoder(folder)
         options = dict(steps=25) | read_config(folder).get("sampling", {})
         for steps in args.steps or [options["steps"]]:
             options["steps"] = steps
-            name, seconds, made = f"{os.path.relpath(folder)}, {steps} steps", [], []
-            for i in trange(count, desc=name, disable=None, leave=False):
-                started = time.time()
-                pieces = refine(refiner, encoder, codec, captions[i], [true[i, :1]], i, **options)
-                made.append(torch.cat([*pieces], 1))
-                seconds.append(time.time() - started)
-            rows.append(measure(name, codec, true, torch.stack(made), seconds, **clips))
+            name = f"{os.path.relpath(folder)}, {steps} steps"
+            made, seconds = refine_all(folder, codec, true, captions, name, **options)
+            rows.append(measure(name, codec, true, made, seconds, **clips))
             if folder == folders[0] and len(shown) == 1:
-                shown.append((name, codec.from_codes(torch.stack(made))))
+                shown.append((name, codec.from_codes(made)))
     rows.append(measure("nine true codebooks", codec, true, true, **clips))
     about = f"{count} held-out clips of 10 s; {torch.get_num_threads()} threads."
     report("refiner", "The second stage, from true first codebooks", rows, about)

@@ -18,6 +18,7 @@ and its README.md has them all on one page. Brackets are the least and the great
 where there is a loss in front of them, and elsewhere bootstrap 95% intervals over clips.
 """
 
+import functools
 import json
 import os
 import platform
@@ -26,12 +27,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
+import budget
 import evaluate
 import figures
 import refining
@@ -39,7 +42,7 @@ import toy
 import train
 from codec import load_codec
 from data import Clips, Writer
-from diffusion import load_refiner, refine
+from diffusion import load_refiner
 from evaluate import following, quality
 from model import generate, load_checkpoint, load_text_encoder, read_config, sample_tokens
 from sample import SHIPPED, SHIPPED_REFINER
@@ -90,7 +93,9 @@ class Study:
         self.results.mkdir(parents=True, exist_ok=True)
         self.codec, self.judge = load_codec("toy"), evaluate.load_judge()
         self.task = evaluate.toy_task(self.judge, size.count, self.codec)
-        self.task.prompts = dict(sentence=self.task.prompts["sentence"])
+        self.captions = self.task.prompts["sentence"]
+        # One set of prompts; no four samples of each, which diversity would want, and no copying.
+        self.task = varied(self.task, prompts=dict(sentence=self.captions), alike=None, tokens=None)
 
     def run(self):
         own_tokens(self.out / "own-tokens")
@@ -135,37 +140,40 @@ class Study:
             found.append(([r for r in rows if "loss" in r], [r for r in rows if "right" in r]))
         return found
 
-    def budgets(self, label):
-        """Steps at which a run was validated -> {axis: what had been spent by then}, and losses
-        (seeds, validations)."""
-        _, training, *_ = train.parse_arguments(["--resume", str(self.folder(label))])
+    @functools.cached_property
+    def budgets(self):
+        """{label: (parameters of its runs; {axis: what was spent by each validation}; the losses
+        there (seeds, validations))}"""
+        return {label: self.budget(label) for label in LMS}
+
+    def budget(self, label):
+        model, training, *_ = train.parse_arguments(["--resume", str(self.folder(label))])
         runs = self.runs(label)
         at = [row["step"] for row in runs[0][1]]
         tokens = np.array([train.seen_before(step, training)[1] for step in at], float)
         seconds = [np.cumsum([row["seconds"] for row in steps]) for steps, _ in runs]
-        count = parameters(self.folder(label) / "last")
+        count = budget.parameters(model)
         spent = {
             "steps": np.array(at, float),
             "tokens": tokens,
             "FLOPs": 6 * count * tokens,
             "seconds of one core": np.mean([s[np.array(at) - 1] for s in seconds], 0),
         }
-        return spent, np.array([[row["right"] for row in valid] for _, valid in runs])
+        return count, spent, np.array([[row["right"] for row in valid] for _, valid in runs])
 
     # ------------------------------------------------------------------------------ RQ1, RQ3 ------
 
     def losses(self):
         rows = []
         for label in LMS:
-            spent, losses = self.budgets(label)
+            count, spent, losses = self.budgets[label]
             last = [valid[-1] for _, valid in self.runs(label)]
             seeds = lambda values: (np.mean(values), (np.min(values), np.max(values)))
-            one = seeds([row["right_1s"] for row in last])
             rows.append((label, {
-                "parameters, M": plain(parameters(self.folder(label) / "last") / 1e6),
+                "parameters, M": plain(count / 1e6),
                 "minutes": plain(spent["seconds of one core"][-1] / 60),
                 "loss, whole clips": seeds(losses[:, -1]),
-                "loss, first second": one,
+                "loss, first second": seeds([row["right_1s"] for row in last]),
                 "... with another's caption": seeds([row["shuffled_1s"] for row in last]),
             }))  # fmt: skip
         self.table(
@@ -179,7 +187,7 @@ class Study:
         figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), sharey=True)
         for axis, panel in zip(axes, panels):
             for i, label in enumerate(VARIANTS):
-                spent, losses = self.budgets(label)
+                _, spent, losses = self.budgets[label]
                 style = dict(color=figures.COLOURS[i], marker=figures.MARKERS[i], markersize=4)
                 panel.plot(spent[axis], losses.mean(0), label=label, **style)
                 low, high = losses.min(0), losses.max(0)
@@ -192,10 +200,10 @@ class Study:
 
     def race(self):
         """How much of the Transformer's budget does each need to reach its last loss?"""
-        theirs, losses = self.budgets("transformer")
+        _, theirs, losses = self.budgets["transformer"]
         goal, rows = losses[:, -1].mean(), []
         for label in VARIANTS[:-1]:
-            spent, mine = self.budgets(label)
+            _, spent, mine = self.budgets[label]
             cells = {}
             for axis in theirs:
                 shares = [reached(spent[axis], run, goal) / theirs[axis][-1] for run in mine]
@@ -218,19 +226,21 @@ class Study:
         found |= {label: self.folder(label) / "best" for label in LMS}
         return {label: system_of(folder) for label, folder in found.items()}
 
-    def hear(self, systems, seconds=10.0, real=True):
-        """What the judge hears -> rows of the quality table, and of the table of factors."""
-        captions, rows, factors = self.task.prompts["sentence"], [], []
-        heard = [*self.task.real] if real else []
-        for label, system in systems.items():
-            files, _ = evaluate.music(system, captions, seconds, f"{label}, {seconds:g} s")
-            heard.append((label, files))
-        for i, (label, files) in enumerate(heard):
-            files = evaluate.hear(self.judge, files, label)
-            rows.append((label, quality(self.judge, self.task, files, captions)))
-            asked = None if real and i < len(self.task.real) else captions
-            factors.append((label, following(self.task, files, asked)))
-        return rows, factors
+    def hear(self, systems, seconds=10.0, **changes):
+        """{label: system} -> rows of the quality table, and of the table of factors, of the task
+        with these changes."""
+        task = varied(self.task, seconds=seconds, **changes)
+        tables = evaluate.measure([*systems.values()], self.judge, task)
+        real = len(task.real)
+        return [
+            [*rows[:real], *((label, cells) for label, (_, cells) in zip(systems, rows[real:]))]
+            for rows in tables
+        ]
+
+    def merged(self, systems, seconds=10.0):
+        """The same without the rows of real clips, both tables in one."""
+        rows, factors = self.hear(systems, seconds, real=[])
+        return [(label, cells | more) for (label, cells), (_, more) in zip(rows, factors)]
 
     def heard(self):
         rows, factors = self.hear(self.systems())
@@ -244,31 +254,22 @@ class Study:
     def longer(self):
         """Table II's other half."""
         labels = ("simba", "transformer", "simba, 9 codebooks")
-        rows, factors = self.hear({k: self.systems()[k] for k in labels}, 25.0, real=False)
-        merged = [(label, cells | more) for (label, cells), (_, more) in zip(rows, factors)]
+        rows = self.merged({k: self.systems()[k] for k in labels}, 25.0)
         about = "The reference is of 10 s, and so was training; the judge's windows are of 10 s."
-        self.table("longer", "One stage or two, 25 s", merged, about)
+        self.table("longer", "One stage or two, 25 s", rows, about)
 
     # ----------------------------------------------------------------------------- the refiners ---
 
     def refiners(self):
         """From true first codebooks; and after the language model that ships."""
-        valid = Clips(toy.corpus(), "valid", 9, self.codec.name)
-        true = torch.from_numpy(np.stack([valid.codes(i) for i in range(self.size.count)]))
-        captions = self.task.prompts["sentence"]
+        true = torch.from_numpy(self.task.codes)
         folders = {label: self.folder(label) / "best" for label in REFINERS | TUNED}
         folders["refiner that ships"] = SHIPPED_REFINER
         rows = [refining.measure("codebook 1 alone", self.codec, true, true[:, :1])]
         for label, folder in folders.items():
-            refiner, encoder = load_refiner(folder), load_text_encoder(folder)
-            made, seconds = [], []
-            for i in trange(len(true), desc=f"{label}, true sketches", disable=None, leave=False):
-                began = time.time()
-                pieces = refine(refiner, encoder, self.codec, captions[i], [true[i, :1]], i)
-                made.append(torch.cat([*pieces], 1))
-                seconds.append(time.time() - began)
-            name, cells = refining.measure(label, self.codec, true, torch.stack(made), seconds)
-            size = sum(p.numel() for p in refiner.parameters()) / 1e6
+            made, seconds = refining.refine_all(folder, self.codec, true, self.captions, label)
+            name, cells = refining.measure(label, self.codec, true, made, seconds)
+            size = train.size(load_refiner(folder)) / 1e6
             rows.append((name, {"parameters, M": plain(size)} | cells))
         about = (
             f"{self.size.refiner_steps} steps for the new ones, {self.size.tuning_steps} for those "
@@ -277,18 +278,17 @@ class Study:
         )
         self.table("refiners", "The second stage, from true first codebooks", rows, about)
         systems = {f"after simba: {k}": f"{SHIPPED}+{folder}" for k, folder in folders.items()}
-        rows, factors = self.hear(systems, real=False)
-        merged = [(label, cells | more) for (label, cells), (_, more) in zip(rows, factors)]
+        rows = self.merged(systems)
         about = f"{self.size.count} sentences, 10 s, the language model that ships."
-        self.table("refined", "The second stage, after a language model", merged, about)
+        self.table("refined", "The second stage, after a language model", rows, about)
 
     # ------------------------------------------------------------------------ beyond ten seconds --
 
     def minutes(self):
         """A minute of music by models that have seen ten seconds."""
         count, judge, frames, window = self.size.minute, self.judge, 6 * 862, 862
-        task = self.task_of(count)
-        captions = self.task.prompts["sentence"][:count]
+        captions = self.captions[:count]
+        task = varied(self.task, factors=self.task.factors[:count], tags=self.task.tags[:count])
         real = self.real_minutes(count, frames)
         losses, follows, costs = [], [], []
         for label in VARIANTS:
@@ -324,11 +324,6 @@ class Study:
         about = "Language model alone, one piece, guidance 3 (two rows), one minute, all cores."
         self.table("minute-cost", "What a minute takes", costs, about)
 
-    def task_of(self, count):
-        task = type(self.task)(**vars(self.task))
-        task.factors, task.tags = task.factors[:count], task.tags[:count]
-        return task
-
     def real_minutes(self, count, frames):
         """The held-out clips' pieces, played for a minute: first codebooks (clips, 1, frames).
         None where there is no FluidSynth to play them."""
@@ -343,14 +338,7 @@ class Study:
 
     def codebooks(self):
         """The forerunner's Figure 1."""
-        valid = Clips(toy.corpus(), "valid", 9, self.codec.name)
-        codes = np.stack([valid.codes(i, 0, 862) for i in range(self.size.count)])
-        captions, rows = self.task.prompts["sentence"], []
-        for k in range(1, 10):
-            files = evaluate.through_codec(codes[:, :k], self.codec, k)
-            heard = evaluate.hear(self.judge, files, f"{k} codebook(s)")
-            told = following(self.task, heard)
-            rows.append((f"κ = {k}", quality(self.judge, self.task, heard, captions) | told))
+        rows = evaluate.by_codebooks(self.judge, self.task, self.codec)
         about = f"{self.size.count} held-out clips through the codec."
         self.table("kappa", "How many codebooks?", rows, about)
 
@@ -369,7 +357,7 @@ class Study:
 
     def write(self):
         spent = sum(
-            self.budgets(label)[0]["seconds of one core"][-1] * self.size.seeds for label in LMS
+            self.budgets[label][1]["seconds of one core"][-1] * self.size.seeds for label in LMS
         )
         head = (
             f"# The study\n\n`python evaluate.py study{' --quick' * (self.size is QUICK)}`, on "
@@ -389,7 +377,7 @@ def in_parallel(jobs):
     todo = []
     for job in jobs:
         out, steps = Path(job[1]), int(job[job.index("--steps") + 1])
-        begun = (out / "last").exists() or (out / "last.old").exists()
+        begun = train.begun(out)
         if not begun or read_config(out / "last")["step"] < steps:
             todo.append((out, steps, ["--resume", str(out)] if begun else job))
     bar = tqdm(total=sum(steps for _, steps, _ in todo), desc="training", unit="step", disable=None)
@@ -459,8 +447,8 @@ def system_of(folder):
     return str(folder) if nine else f"{folder}+{SHIPPED_REFINER}"
 
 
-def parameters(folder):
-    return sum(p.numel() for p in load_checkpoint(folder).parameters())
+def varied(task, **changes):
+    return SimpleNamespace(**vars(task) | changes)
 
 
 def plain(value):
@@ -496,6 +484,7 @@ def cost_of_a_minute(lm, encoder, prompt, frames):
     }
 
 
+@functools.cache
 def provenance():
     """Machine and commit, in a line."""
     commit = subprocess.run(

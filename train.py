@@ -144,7 +144,7 @@ def train(model_config, config, run, device, rank=0, ranks=1):
     """Trains, or goes on where `run` stopped, to the end -> the best validation loss."""
     refining = isinstance(model_config, RefinerConfig)
     torch.manual_seed(config.seed)
-    resuming = (run / "last").exists() or (run / "last.old").exists()
+    resuming = begun(run)
 
     # Data and model. A clip of the toy world has no caption but the factors to draw one from.
     if rank > 0:
@@ -209,7 +209,7 @@ def train(model_config, config, run, device, rank=0, ranks=1):
         signal.signal(number, lambda *_: stop.append(1))
 
     shares = ((n, share(n, config, rank, ranks)) for n in range(step, config.steps))
-    window = round(config.seconds * FRAME_RATE)  # a crop begins where the whole clip would
+    window = stages(config)[-1][1]  # a crop begins where the whole clip would
     make = lambda n, first, count, frames: clips.batch(
         first, count, frames, config.seed, describe, config.caption_dropout, window
     )
@@ -334,6 +334,11 @@ def parse_arguments(argv):
     if (run / "last").exists() and not args.dry_run:
         raise ValueError(f"{run} holds a run: go on with --resume {run}, or choose another --out")
     return model, config, run, args.dry_run
+
+
+def begun(run):
+    """Whether there is a checkpoint to go on from, if only the one before the last."""
+    return (run / "last").exists() or (run / "last.old").exists()
 
 
 def initial(config, refining):
