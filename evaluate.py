@@ -571,7 +571,7 @@ def study(args):
     """The paper's questions, asked in the toy world: trains what it needs."""
     from study import study
 
-    study(args.quick)
+    study(args.quick, args.data)
 
 
 COMMANDS = dict(
@@ -596,6 +596,7 @@ def parse_arguments(argv=None):
     add("--seconds", type=float, default=10.0, help="length of a clip, with --musiccaps [10]")
     add("--clap", default="", help="another of laion-clap's checkpoints")
     add("--quick", action="store_true", help="a study of half an hour")
+    add("--data", default="toy", help="what a study trains on: a folder that `toy.py build` made")
     add("--kl-average", default="clips", choices=("clips", "segments"), help="of KL in long clips")
     args = parser.parse_args(argv)
     args.command = None
@@ -605,8 +606,8 @@ def parse_arguments(argv=None):
         for stage in filter(None, stages(system)):
             if system != "musicgen-small" and not Path(stage).is_dir():
                 read_config(stage)  # says that there is none
-    if args.quick and args.command != "study":
-        raise ValueError("--quick goes with `evaluate.py study`")
+    if (args.quick or args.data != "toy") and args.command != "study":
+        raise ValueError("--quick and --data go with `evaluate.py study`")
     if bool(args.musiccaps) != bool(args.clips):
         raise ValueError("--musiccaps CSV and --clips FOLDER belong together")
     if args.count is not None and args.count < 2:

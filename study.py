@@ -75,20 +75,21 @@ REFINERS = {
     "refiner, SSD": "--variant refiner",
     "refiner, attention": "--variant refiner --backbone attention --layers 8",  # as many parameters
 }
+OWN = "refiner, tuned to own tokens"
 TUNED = {
     "refiner, tuned to real tokens": "--variant refiner --init-from toy",
-    "refiner, tuned to own tokens": "--variant refiner --init-from toy --data {own}",
+    OWN: "--variant refiner --init-from toy",
 }
 EARLY = 0.4  # the share of the steps after which Table I's models are heard a first time
 
 
-def study(quick=False):
-    Study(QUICK if quick else FULL).run()
+def study(quick=False, data="toy"):
+    Study(QUICK if quick else FULL, data).run()
 
 
 class Study:
-    def __init__(self, size):
-        self.size, self.out = size, Path("out") / size.name
+    def __init__(self, size, data):
+        self.size, self.data, self.out = size, data, Path("out") / size.name
         self.results, self.sections, self.started = Path("results") / size.name, [], time.time()
         self.results.mkdir(parents=True, exist_ok=True)
         self.codec, self.judge = load_codec("toy"), evaluate.load_judge()
@@ -98,7 +99,7 @@ class Study:
         self.task = varied(self.task, prompts=dict(sentence=self.captions), alike=None, tokens=None)
 
     def run(self):
-        own_tokens(self.out / "own-tokens")
+        own_tokens(self.out / "own-tokens", train.open_data(self.data)[0])
         self.train()
         self.losses()
         self.race()
@@ -122,13 +123,13 @@ class Study:
         for seed in range(size.seeds):
             for label, options in LMS.items():
                 more = f"--steps {size.steps} --valid-every {every} --keep-every {early}"
-                more += f" --valid-clips {size.valid_clips} --seed {seed}"
+                more += f" --valid-clips {size.valid_clips} --seed {seed} --data {self.data}"
                 jobs[self.folder(label, seed)] = f"{options} {more}".split()
         for label, options in (REFINERS | TUNED).items():
             steps = size.refiner_steps if label in REFINERS else size.tuning_steps
-            own = self.out / "own-tokens"
+            data = self.out / "own-tokens" if label == OWN else self.data
             more = f"--steps {steps} --valid-every {steps // 5} --valid-clips {size.valid_clips}"
-            jobs[self.folder(label)] = f"{options.format(own=own)} {more}".split()
+            jobs[self.folder(label)] = f"{options} {more} --data {data}".split()
         in_parallel([["--out", str(out), *options] for out, options in jobs.items()])
 
     def runs(self, label):
@@ -359,10 +360,12 @@ class Study:
         spent = sum(
             self.budgets[label][1]["seconds of one core"][-1] * self.size.seeds for label in LMS
         )
+        command = "python evaluate.py study" + " --quick" * (self.size is QUICK)
+        command += f" --data {self.data}" * (self.data != "toy")
         head = (
-            f"# The study\n\n`python evaluate.py study{' --quick' * (self.size is QUICK)}`, on "
-            f"{provenance()}. Training of the language models took {spent / 3600:.1f} hours of one "
-            f"core; this run of the command {(time.time() - self.started) / 60:.0f} minutes.\n"
+            f"# The study\n\n`{command}`, on {provenance()}. Training of the language models took "
+            f"{spent / 3600:.1f} hours of one core; this run of the command "
+            f"{(time.time() - self.started) / 60:.0f} minutes.\n"
         )
         evaluate.write(self.results / "README.md", "\n".join([head, *self.sections]))
         print(f"{self.results}/README.md")
@@ -420,15 +423,15 @@ def done(run):
         return 0
 
 
-def own_tokens(folder):
-    """The corpus with a first codebook as the language model that ships would have it: at every
+def own_tokens(folder, data):
+    """A corpus with a first codebook as the language model that ships would have it: at every
     frame a token is drawn from what it expects after the true ones; codebooks 2 ... 9 stay."""
     writer = Writer(folder, load_codec("toy"))
     lm, encoder = load_checkpoint(SHIPPED), load_text_encoder(SHIPPED)
     options = read_config(SHIPPED).get("sampling", {})
     options = {k: options[k] for k in ("temperature", "top_k", "top_p") if k in options}
     have = len(writer.rows())
-    sides = [Clips(toy.corpus(), split, 9) for split in ("train", "valid")]
+    sides = [Clips(data, split, 9) for split in ("train", "valid")]
     todo = [(side, i) for side in sides for i in range(len(side))][have:]
     for number, (side, i) in enumerate(tqdm(todo, "own tokens", disable=None, leave=False), have):
         codes, row = side.codes(i), side.rows[i]

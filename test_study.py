@@ -28,6 +28,7 @@ def small(tmp_path, monkeypatch):
     made = study.Study()
     made.size = study.Size("small", 10, 5, 5, seeds=2, count=2, minute=1, valid_clips=2)
     made.out, made.results, made.sections, made.started = tmp_path, tmp_path / "results", [], 0.0
+    made.data = "toy"
     made.results.mkdir()
     return made
 
@@ -75,9 +76,9 @@ def test_the_race_is_run_between_validations():
 
 def test_own_tokens_are_the_models_and_all_else_is_the_clips(tmp_path, monkeypatch):
     monkeypatch.setattr(Clips, "__len__", lambda self: 3)
-    study.own_tokens(tmp_path)
+    study.own_tokens(tmp_path, corpus())
     once = (tmp_path / "codes-00000.bin").read_bytes()
-    study.own_tokens(tmp_path)
+    study.own_tokens(tmp_path, corpus())
     assert (tmp_path / "codes-00000.bin").read_bytes() == once
     mine, real = Clips(tmp_path, "train", 9, "toy"), Clips(corpus(), "train", 9)
     for i in range(3):

@@ -794,18 +794,18 @@ def corpus() -> Path:
     return UNPACKED
 
 
-def play_clips(indices, split_seed=0) -> list[np.ndarray]:
-    return render_many([compose(*sample_clip(i, split_seed), SECONDS) for i in indices], SECONDS)
+def play_clips(indices, split_seed=0, seconds=SECONDS) -> list[np.ndarray]:
+    return render_many([compose(*sample_clip(i, split_seed), seconds) for i in indices], seconds)
 
 
-def play_and_encode(indices) -> np.ndarray:
+def play_and_encode(indices, seconds) -> np.ndarray:
     """Clips of these indices as codes (clips, 9, T), in a process of its own."""
     import torch
 
     from codec import load_codec
 
     torch.set_num_threads(1)
-    audio = torch.from_numpy(np.stack(play_clips(indices)))
+    audio = torch.from_numpy(np.stack(play_clips(indices, seconds=seconds)))
     return load_codec("toy").encode(audio).numpy().astype(np.uint16)
 
 
@@ -891,7 +891,7 @@ def train_text_encoder(steps: int = 1000, batch: int = 64, lr: float = 3e-3):
     save_file(weights, TEXT)
 
 
-def write_corpus(folder: Path, clips: int, full: int, workers: int):
+def write_corpus(folder: Path, clips: int, full: int, seconds: float, workers: int):
     """Renders and encodes clips 0 ... `clips` - 1 into a data folder: all nine codebooks of the
     first `full` clips, the first codebook alone of the others. Goes on where it was stopped."""
     from codec import load_codec
@@ -901,7 +901,8 @@ def write_corpus(folder: Path, clips: int, full: int, workers: int):
     todo = range(len(writer.rows()), clips)
     parts = [todo[i : i + AT_ONCE] for i in range(0, len(todo), AT_ONCE)]
     with ProcessPoolExecutor(workers) as pool:
-        encoded = tqdm(pool.map(play_and_encode, parts), "corpus", len(parts), unit_scale=AT_ONCE)
+        made = pool.map(play_and_encode, parts, [seconds] * len(parts))
+        encoded = tqdm(made, "corpus", len(parts), unit_scale=AT_ONCE)
         for part, codes in zip(parts, encoded):
             rows = [
                 dict(split="train" if i % VALID else "valid", factors=sample_clip(i)[0])
@@ -912,11 +913,15 @@ def write_corpus(folder: Path, clips: int, full: int, workers: int):
 
 def build(args):
     """Makes the toy world from scratch: codec, tokenizer, text encoder, corpus."""
+    if args.seconds != SECONDS and Path(args.out).resolve() == UNPACKED.resolve():
+        raise ValueError(
+            f"clips of {args.seconds:g} s are not what ships: give another folder as --out"
+        )
     if not args.corpus_only:
         fit_codec(args.codec_clips, args.workers)
         train_tokenizer()
         train_text_encoder()
-    write_corpus(Path(args.out), args.clips, args.full, args.workers)
+    write_corpus(Path(args.out), args.clips, args.full, args.seconds, args.workers)
     if Path(args.out).resolve() == UNPACKED.resolve():
         # lp=1: the codes are pairs of bytes, and their high bytes resemble each other.
         filters = [dict(id=lzma.FILTER_LZMA2, preset=9, lp=1, lc=3, pb=1)]
@@ -992,6 +997,7 @@ def main():
     c.add_argument(
         "--codec-clips", type=int, default=320, help="clips the codec is fitted to [320]"
     )
+    c.add_argument("--seconds", type=float, default=SECONDS, help="of a corpus' clip [10]")
     c.add_argument("--corpus-only", action="store_true", help="keep all but the corpus")
     c.add_argument("--out", default=str(UNPACKED), help="data folder; the default is packed, too")
     c.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
