@@ -23,7 +23,7 @@ from model import MusicLM, multiplies_bf16
 
 PAPER_FLOPS, MUSICGEN_FLOPS = 1e19, 1e20  # of the paper's runs, and MusicGen-small's (SSMTTM IV-A)
 FLAN_T5_BASE = 109_628_544  # parameters of its encoder
-TEXT = 64  # tokens of a caption, as the budget sees it
+TEXT = 64  # tokens of a caption, about
 RTX_3090 = 71e12  # FLOPs a second of its bf16 products, by its data sheet
 UTILISATION = 0.4  # of the rate of matrix products, as training runs of this kind reach it
 

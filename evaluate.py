@@ -44,7 +44,7 @@ from tqdm import tqdm
 import figures
 import toy
 from captions import mentions_vocals
-from codec import load_codec, mel_spectrogram, read_audio, write_audio
+from codec import SAMPLE_RATE, load_codec, mel_spectrogram, read_audio, write_audio
 from data import Clips
 from judge import heard_in_real_clips, load_judge, right
 from metrics import (
@@ -259,7 +259,7 @@ def musiccaps(table, folder, seconds, count, seed=0):
 def paper_task(ruler, table, folder, seconds, count, codec):
     """MusicCaps prompts; the reference is the clips behind them."""
     chosen = musiccaps(table, folder, seconds, count)
-    audio = [read_audio(file)[0, : round(seconds * 44100)] for _, file in chosen]
+    audio = [read_audio(file)[0, : round(seconds * SAMPLE_RATE)] for _, file in chosen]
     heard = ruler.listen(tqdm(audio, "real clips", disable=None))
     codes = [codec.encode(a[None])[0].numpy() for a in audio]
     shortest = min(c.shape[1] for c in codes)

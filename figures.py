@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from codec import FRAME_RATE
+
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS, LINES = "os^DvP*", ["-", "--", "-.", ":"]
 # The paper's names of the variants; `evaluate.named` adds the codebooks, where they are several.
@@ -87,7 +89,7 @@ def spectrograms(path, clips, title):
     for axis in axes.flat[len(clips) :]:
         axis.set_axis_off()
     for axis, letter, (name, mel) in zip(axes.flat, "abcdefghijkl", clips.items()):
-        seconds = mel.shape[1] * 512 / 44100
+        seconds = mel.shape[1] / FRAME_RATE
         image = axis.imshow(
             mel, origin="lower", aspect="auto", cmap="cividis", vmin=top - 80, vmax=top,
             extent=(0, seconds, 0, len(mel)),

@@ -40,7 +40,7 @@ import figures
 import refining
 import toy
 import train
-from codec import load_codec
+from codec import SAMPLE_RATE, load_codec
 from data import Clips, Writer
 from diffusion import load_refiner
 from evaluate import following, quality
@@ -308,9 +308,9 @@ class Study:
                 }
                 losses.append((label, cells))
             files, _ = evaluate.music(system_of(folder), captions, 60.0, f"{label}, 60 s")
-            audio = np.stack([evaluate.read_audio(f)[0][: 60 * 44100].numpy() for f in files])
+            audio = np.stack([evaluate.read_audio(f)[0][: 60 * SAMPLE_RATE].numpy() for f in files])
             for i in (0, 2, 5):
-                part = torch.from_numpy(audio[:, i * 441000 : (i + 1) * 441000])
+                part = torch.from_numpy(audio[:, 10 * i * SAMPLE_RATE :][:, : 10 * SAMPLE_RATE])
                 heard = judge.listen(part)
                 cells = dict(CLAP_toy=quality(judge, task, heard, captions)["CLAP_toy"])
                 told = following(task, heard, captions)

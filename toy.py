@@ -37,12 +37,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pretty_midi
+import soundfile
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 from scipy.signal import butter, oaconvolve, sosfilt
 from tqdm import tqdm
 
-from model import entry
-
-SAMPLE_RATE = 44100
+from codec import SAMPLE_RATE, ToyCodec, load_codec
+from data import Writer
+from diffusion import is_refiner, load_refiner
+from model import (
+    TextEncoder,
+    entry,
+    load_checkpoint,
+    load_text_encoder,
+    load_weights,
+    read_config,
+    save_checkpoint,
+)
 
 # ------------------------------------------------------------------------------ the songbook ----
 #
@@ -438,7 +451,7 @@ VOICES = 128  # notes that can sound at once
 
 
 def render_many(midis: list, seconds: float) -> list[np.ndarray]:
-    """Play clips -> float32 mono audio of round(seconds * 44100) samples each.
+    """Play clips -> float32 mono audio of round(seconds * SAMPLE_RATE) samples each.
 
     Starting fluidsynth and reading the font costs as much as playing several clips, so clips are
     joined into one file, in slots of equal length, and the audio is cut at the slots.
@@ -800,10 +813,6 @@ def play_clips(indices, split_seed=0, seconds=SECONDS) -> list[np.ndarray]:
 
 def play_and_encode(indices, seconds) -> np.ndarray:
     """Clips of these indices as codes (clips, 9, T), in a process of its own."""
-    import torch
-
-    from codec import load_codec
-
     torch.set_num_threads(1)
     audio = torch.from_numpy(np.stack(play_clips(indices, seconds=seconds)))
     return load_codec("toy").encode(audio).numpy().astype(np.uint16)
@@ -811,8 +820,6 @@ def play_and_encode(indices, seconds) -> np.ndarray:
 
 def fit_codec(clips: int, workers: int):
     """Fits the toy codec to clips that no corpus has (split seed 1) and saves it to toy/codec."""
-    from codec import ToyCodec
-
     with ProcessPoolExecutor(workers) as pool:
         parts = [range(i, min(i + AT_ONCE, clips)) for i in range(0, clips, AT_ONCE)]
         played = tqdm(pool.map(play_clips, parts, [1] * len(parts)), "codec", len(parts))
@@ -847,8 +854,6 @@ def train_tokenizer(captions: int = 20000, entries: int = 1000):
 
 def text_encoder():
     """The small T5 that ships here: it knows the words of this world, as Flan-T5 knows English."""
-    from model import TextEncoder, load_weights
-
     encoder = TextEncoder.small(TOKENIZER.read_text())
     load_weights(encoder.encoder, TEXT)
     return encoder
@@ -856,12 +861,6 @@ def text_encoder():
 
 def train_text_encoder(steps: int = 1000, batch: int = 64, lr: float = 3e-3):
     """Teaches a new T5 to tell a clip's factors from its captions; it never meets music."""
-    import torch
-    import torch.nn.functional as F
-    from safetensors.torch import save_file
-
-    from model import TextEncoder
-
     torch.manual_seed(0)
     rng = np.random.default_rng(3)
     encoder = TextEncoder.small(TOKENIZER.read_text()).train()
@@ -894,9 +893,6 @@ def train_text_encoder(steps: int = 1000, batch: int = 64, lr: float = 3e-3):
 def write_corpus(folder: Path, clips: int, full: int, seconds: float, workers: int):
     """Renders and encodes clips 0 ... `clips` - 1 into a data folder: all nine codebooks of the
     first `full` clips, the first codebook alone of the others. Goes on where it was stopped."""
-    from codec import load_codec
-    from data import Writer
-
     writer = Writer(folder, load_codec("toy"))
     todo = range(len(writer.rows()), clips)
     parts = [todo[i : i + AT_ONCE] for i in range(0, len(todo), AT_ONCE)]
@@ -939,8 +935,6 @@ def build(args):
 
 def listen(args):
     """Renders some clips to wav files and prints what they are."""
-    import soundfile
-
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     clips = [sample_clip(args.first + i) for i in range(args.n)]
@@ -960,11 +954,6 @@ def listen(args):
 
 def ship(args):
     """Makes a checkpoint the one that ships: in half precision, with its sampling options."""
-    import torch
-
-    from diffusion import is_refiner, load_refiner
-    from model import load_checkpoint, load_text_encoder, read_config, save_checkpoint
-
     config = read_config(args.checkpoint)
     kept = {k: config[k] for k in ("train", "step", "best", "codec")}
     if is_refiner(config):

@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import budget
 import ssd_kernel
-from codec import load_codec
+from codec import FRAME_RATE, load_codec
 from data import Clips
 from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss
 from model import (
@@ -55,7 +55,6 @@ from model import (
     save_checkpoint,
 )
 
-FRAME_RATE = 44100 / 512
 ROOT = Path(__file__).parent
 
 
@@ -506,9 +505,6 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
 
 
-TEXT = 64  # about the tokens of a text: short clips come with as many of them as long ones
-
-
 def stages(config):
     """-> [(the step at which it ends, frames of a clip, clips of a micro-batch)].
 
@@ -521,7 +517,8 @@ def stages(config):
     doublings = max(0, round(math.log2(whole / crop)))
     ends = [round(config.steps * config.crop_until * (i + 1) / doublings) for i in range(doublings)]
     lengths = [crop << i for i in range(doublings)]
-    clips = [config.batch * (whole + TEXT) // (frames + TEXT) for frames in lengths]
+    text = budget.TEXT  # of as many tokens, however short the clip
+    clips = [config.batch * (whole + text) // (frames + text) for frames in lengths]
     return [*zip(ends, lengths, clips), (config.steps, whole, config.batch)]
 
 
