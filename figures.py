@@ -6,6 +6,7 @@ a line style of its own besides. Each figure is written as PNG and as SVG.
 
 import os
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def spectrograms(path, clips, title):
     top = max(float(mel.max()) for mel in clips.values())
     for axis in axes.flat[len(clips) :]:
         axis.set_axis_off()
-    for axis, letter, (name, mel) in zip(axes.flat, "abcdefghijkl", clips.items()):
+    for axis, letter, (name, mel) in zip(axes.flat, ascii_lowercase, clips.items()):
         seconds = mel.shape[1] / FRAME_RATE
         image = axis.imshow(
             mel, origin="lower", aspect="auto", cmap="cividis", vmin=top - 80, vmax=top,
