@@ -617,7 +617,8 @@ def write_audio(path, audio):
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
     audio = np.clip(np.asarray(audio, dtype=np.float32).reshape(-1), -1, 1)
-    temporary, kind = path.with_name(f".{path.name}.part"), FORMATS[path.suffix.lower()]
+    kind = FORMATS[path.suffix.lower()]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # another may be writing it, too
     try:
         with soundfile.SoundFile(temporary, "w", SAMPLE_RATE, 1, format=kind) as file:
             for start in range(0, len(audio), SAMPLE_RATE):  # one large write fails in Vorbis
