@@ -425,7 +425,7 @@ def cell_text(cell):
 
 
 def write(path, text):
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
