@@ -28,6 +28,7 @@ import math
 import os
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -370,10 +371,12 @@ class ToyCodec(nn.Module):
         sizes = dict(codebooks=self.codebooks, codebook_size=self.codebook_size)
         config = dict(name=self.name, **sizes, bands=len(self.mean))
         tensors = {key: value.half().contiguous() for key, value in self.state_dict().items()}
-        save_file(tensors, folder / ".model.part")
-        (folder / ".config.part").write_text(json.dumps(config, indent=1) + "\n")
-        os.replace(folder / ".model.part", folder / "model.safetensors")
-        os.replace(folder / ".config.part", folder / "config.json")
+        with (
+            under_another_name(folder / "model.safetensors") as weights,
+            under_another_name(folder / "config.json") as about,
+        ):
+            save_file(tensors, weights)
+            about.write_text(json.dumps(config, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder):
@@ -618,11 +621,21 @@ def write_audio(path, audio):
         raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
     audio = np.clip(np.asarray(audio, dtype=np.float32).reshape(-1), -1, 1)
     kind = FORMATS[path.suffix.lower()]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # another may be writing it, too
+    with (
+        under_another_name(path) as part,
+        soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, format=kind) as file,
+    ):
+        for start in range(0, len(audio), SAMPLE_RATE):  # one large write fails in Vorbis
+            file.write(audio[start : start + SAMPLE_RATE])
+
+
+@contextmanager
+def under_another_name(path):
+    """A name beside `path` to write to. What stands there takes the place of `path` when all has
+    gone well, and goes away when not; two processes that write the same file do not meet."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with soundfile.SoundFile(temporary, "w", SAMPLE_RATE, 1, format=kind) as file:
-            for start in range(0, len(audio), SAMPLE_RATE):  # one large write fails in Vorbis
-                file.write(audio[start : start + SAMPLE_RATE])
-        os.replace(temporary, path)
+        yield part
+        os.replace(part, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)

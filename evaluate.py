@@ -32,7 +32,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +43,14 @@ from tqdm import tqdm
 import figures
 import toy
 from captions import mentions_vocals
-from codec import SAMPLE_RATE, load_codec, mel_spectrogram, read_audio, write_audio
+from codec import (
+    SAMPLE_RATE,
+    load_codec,
+    mel_spectrogram,
+    read_audio,
+    under_another_name,
+    write_audio,
+)
 from data import Clips
 from judge import heard_in_real_clips, load_judge, right
 from metrics import (
@@ -425,9 +431,8 @@ def cell_text(cell):
 
 
 def write(path, text):
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with under_another_name(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------- the paper's tables, figures ----

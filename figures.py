@@ -4,13 +4,12 @@ Colours are Okabe and Ito's, which colour-blind people tell apart, and every ser
 a line style of its own besides. Each figure is written as PNG and as SVG.
 """
 
-import os
 from pathlib import Path
 from string import ascii_lowercase
 
 import numpy as np
 
-from codec import FRAME_RATE
+from codec import FRAME_RATE, under_another_name
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS, LINES = "os^DvP*", ["-", "--", "-.", ":"]
@@ -118,7 +117,7 @@ def keep(figure, path, tight=True):
     if tight:
         figure.tight_layout()
     for kind in ("png", "svg"):
-        part = path.with_name(f".{path.name}.part")
-        figure.savefig(part, format=kind, dpi=160)
-        os.replace(part, path.with_name(f"{path.name}.{kind}"))  # a name may hold 2.5 s
+        # Not with_suffix: a name may hold 2.5 s.
+        with under_another_name(path.with_name(f"{path.name}.{kind}")) as part:
+            figure.savefig(part, format=kind, dpi=160)
     pyplot().close(figure)

@@ -42,7 +42,14 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 import toy
-from codec import FRAME_RATE, SAMPLE_RATE, band_power, filterbank, load_codec
+from codec import (
+    FRAME_RATE,
+    SAMPLE_RATE,
+    band_power,
+    filterbank,
+    load_codec,
+    under_another_name,
+)
 from model import TextEncoder, entry, read_tensors
 
 FILE = toy.ROOT / "toy" / "judge.safetensors"
@@ -371,9 +378,8 @@ def heard_in_real_clips() -> Heard:
 
 
 def write_tensors(tensors, path):
-    part = path.with_name(f".{path.name}.part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-    os.replace(part, path)
+    with under_another_name(path) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
 
 
 if __name__ == "__main__":

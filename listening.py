@@ -19,13 +19,12 @@ import argparse
 import base64
 import io
 import json
-import os
 import secrets
 from pathlib import Path
 
 import numpy as np
 
-from codec import FORMATS, SAMPLE_RATE, read_audio
+from codec import FORMATS, SAMPLE_RATE, read_audio, under_another_name
 from model import entry
 
 SCALES = {  # the paper's three
@@ -70,9 +69,8 @@ def make_page(systems, prompts, out, count=24):
         (out, page.replace("/*TEST*/null", data)),
         (out.with_suffix(".key.json"), json.dumps(dict(id=test["id"], clips=key), indent=1)),
     ):
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        with under_another_name(path) as part:
+            part.write_text(text, encoding="utf-8")
     return len(questions)
 
 

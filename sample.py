@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import ssd_kernel
-from codec import Picture, decode_stream, load_codec, read_audio
+from codec import Picture, decode_stream, load_codec, read_audio, under_another_name
 from diffusion import is_refiner, load_refiner, refine
 from model import entry, generate, load_checkpoint, load_text_encoder, prepared, read_config
 
@@ -106,9 +106,9 @@ class System:
 
     def __init__(self, folder, refiner=""):
         config = read_config(folder)
-        lm, self.codec = load_checkpoint(folder), load_codec(config["codec"])
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoder = load_text_encoder(folder).to(device)
+        lm, self.encoder = load_checkpoint(folder), load_text_encoder(folder).to(device)
+        self.codec = load_codec(config["codec"])
         self.second = None if refiner is None else find_refiner(lm, self.codec, refiner)
         self.lm = prepared(lm, device)
         self.sampling, self.refining = config.get("sampling", {}), {}  # options they shipped with
@@ -222,15 +222,13 @@ def write_stream(path, chunks, sample_rate):
     """Writes audio chunks (samples,) under a temporary name, renamed when the last is in."""
     import soundfile
 
-    temporary = path.with_name(f".{path.name}.part")
     kind = path.suffix[1:].upper()
-    try:
-        with soundfile.SoundFile(temporary, "w", sample_rate, 1, format=kind) as file:
-            for chunk in chunks:
-                file.write(chunk.numpy())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        under_another_name(path) as part,
+        soundfile.SoundFile(part, "w", sample_rate, 1, format=kind) as file,
+    ):
+        for chunk in chunks:
+            file.write(chunk.numpy())
 
 
 def play(chunks, sample_rate, to_stdout):

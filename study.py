@@ -145,9 +145,9 @@ class Study:
     def budgets(self):
         """{label: (parameters of its runs; {axis: what was spent by each validation}; the losses
         there (seeds, validations))}"""
-        return {label: self.budget(label) for label in LMS}
+        return {label: self.spent(label) for label in LMS}
 
-    def budget(self, label):
+    def spent(self, label):
         model, training, *_ = train.parse_arguments(["--resume", str(self.folder(label))])
         runs = self.runs(label)
         at = [row["step"] for row in runs[0][1]]
