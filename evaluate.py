@@ -425,7 +425,7 @@ def cell_text(cell):
         return ""
     value, bounds, *count = cell
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
-    show = (lambda x: f"{x:.0%}") if count else (lambda x: f"{x:.{digits}f}")
+    show = (lambda x: f"{x:.0%}") if count else (lambda x: f"{round(x, digits) + 0.0:.{digits}f}")
     text = show(value) + (f" [{show(bounds[0])}, {show(bounds[1])}]" if bounds else "")
     return text + (f" of {count[0]}" if count else "")
 
@@ -525,9 +525,10 @@ def by_codebooks(ruler, task, codec):
     captions, rows = next(iter(task.prompts.values())), []
     for k in range(1, codec.codebooks + 1):
         files = through_codec(task.codes[:, :k], codec, k)
-        heard = hear(ruler, files, f"{k} codebook(s)")
+        name = f"{k} codebook{'s' * (k > 1)}"
+        heard = hear(ruler, files, name)
         cells = quality(ruler, task, heard, captions) | following(task, heard)
-        rows.append((f"{k} codebooks", cells))
+        rows.append((name, cells))
     return rows
 
 
@@ -576,7 +577,7 @@ def study(args):
     """The paper's questions, asked in the toy world: trains what it needs."""
     from study import study
 
-    study(args.quick, args.data)
+    study(args.quick, args.data, args.seeds)
 
 
 COMMANDS = dict(
@@ -602,6 +603,7 @@ def parse_arguments(argv=None):
     add("--clap", default="", help="another of laion-clap's checkpoints")
     add("--quick", action="store_true", help="a study of half an hour")
     add("--data", default="toy", help="what a study trains on: a folder that `toy.py build` made")
+    add("--seeds", type=int, help="runs of each of a study's language models [3; --quick 1]")
     add("--kl-average", default="clips", choices=("clips", "segments"), help="of KL in long clips")
     args = parser.parse_args(argv)
     args.command = None
@@ -611,8 +613,10 @@ def parse_arguments(argv=None):
         for stage in filter(None, stages(system)):
             if system != "musicgen-small" and not Path(stage).is_dir():
                 read_config(stage)  # says that there is none
-    if (args.quick or args.data != "toy") and args.command != "study":
-        raise ValueError("--quick and --data go with `evaluate.py study`")
+    if (args.quick or args.data != "toy" or args.seeds) and args.command != "study":
+        raise ValueError("--quick, --data and --seeds go with `evaluate.py study`")
+    if args.seeds is not None and args.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, not {args.seeds}")
     if bool(args.musiccaps) != bool(args.clips):
         raise ValueError("--musiccaps CSV and --clips FOLDER belong together")
     if args.count is not None and args.count < 2:

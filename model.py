@@ -45,6 +45,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ssd_kernel
 from authors import is_authors, read_authors
+from codec import FRAME_RATE
 
 # ------------------------------------------------------------------------------------------------
 # 1  The SSD: a linear recurrence whose state is a matrix
@@ -400,7 +401,7 @@ class LMConfig:
     d_text: int = 768  # width of the text encoder's output
     dropout: float = 0.3  # after every layer and inside the feed-forward
     codebook_size: int = 1024  # codes; the id codebook_size is begin, "not yet" and nothing else
-    clock: str = "text"  # position 0 is the first token of the text, or of the music
+    clock: str = "text"  # where positions count from: text, music, or beat: music, and see `_beats`
     trained_frames: int = 2584  # positions beyond this hold the last one (see `_positions`)
 
     def __post_init__(self):
@@ -410,8 +411,8 @@ class LMConfig:
             raise ValueError(f"unknown mixer {self.mixer!r}: choose ff or einfft")
         if self.init not in ("mamba2", "memory"):
             raise ValueError(f"unknown init {self.init!r}: choose mamba2 or memory")
-        if self.clock not in ("text", "music"):
-            raise ValueError(f"unknown clock {self.clock!r}: choose text or music")
+        if self.clock not in ("text", "music", "beat"):
+            raise ValueError(f"unknown clock {self.clock!r}: choose text, music or beat")
         if self.mixer == "einfft" and self.variant not in ("simba", "cross-simba"):
             raise ValueError(f"--mixer einfft goes with simba and cross-simba, not {self.variant}")
         if self.expand * self.d_model % self.headdim:
@@ -463,15 +464,19 @@ class LMState(NamedTuple):
 
     blocks: list  # for each block, for each layer: MambaState, KVCache, TextCache or Empty
     position: Tensor  # (B,), positions read so far; padding does not count
+    tempo: Tensor  # (B,), bpm that the text names, 0 where it names none
 
 
 class MusicLM(nn.Module):
     """A language model over codec tokens, conditioned on text.
 
-    `lm(codes (B,K,L), text (B,S,d_text), text_mask (B,S)) -> logits (B,K,L,V)`, where
+    `lm(codes (B,K,L), text (B,S,d_text), text_mask (B,S), tempo (B,)) -> logits (B,K,L,V)`, where
     `logits[:, k, t]` predicts `codes[:, k, t]` from the text and earlier tokens. The begin token,
-    the shift and the delay pattern are the model's own business.
+    the shift and the delay pattern are the model's own business. The tempo is only for those that
+    count beats (`_beats`), and may be left out.
     """
+
+    PERIODS = (1 / 4, 1 / 2, 1, 2, 3, 4)  # beats: from a sixteenth note to a bar
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -481,6 +486,9 @@ class MusicLM(nn.Module):
         self.embeddings = nn.ModuleList(nn.Embedding(V, D) for _ in range(config.codebooks))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.heads = nn.ModuleList(nn.Linear(D, V, bias=False) for _ in range(config.codebooks))
+        if config.clock == "beat":
+            self.beat_proj = nn.Linear(2 * len(self.PERIODS) + 1, D, bias=False)
+            self.beat_proj.weight.data.zero_()  # at first, the music's clock is all there is
         self.recompute = 0  # in training, so many blocks keep nothing but their input
         # What a layer adds to the residual stream shrinks with depth, as in GPT-2 and Mamba.
         depth = config.blocks * len(VARIANTS[config.variant])
@@ -488,9 +496,9 @@ class MusicLM(nn.Module):
             if name.endswith(("out_proj.weight", "out.weight", "down.weight")):
                 parameter.data /= math.sqrt(depth)
 
-    def forward(self, codes, text, text_mask):
+    def forward(self, codes, text, text_mask, tempo=None):
         K, L = codes.shape[1:]
-        h, _ = self._read(self.delay(codes)[:, :, : L + K - 1], text, text_mask)
+        h, _ = self._read(self.delay(codes)[:, :, : L + K - 1], text, text_mask, tempo)
         logits = torch.stack([head(h) for head in self.heads], 1)  # (B, K, L + K - 1, V)
         if K == 1:
             return logits
@@ -506,8 +514,9 @@ class MusicLM(nn.Module):
             columns[:, k, k + 1 : k + 1 + L] = codes[:, k]
         return columns
 
-    def _read(self, columns, text, text_mask):
+    def _read(self, columns, text, text_mask, tempo=None):
         """Reads text and columns (B, K, L) in parallel -> hidden (B, L, D) and the LMState."""
+        tempo = text.new_zeros(len(text)) if tempo is None else tempo
         text = self.text_norm(self.text_proj(text))  # (B, S, D)
         h = self._embed(columns)
         B, L = h.shape[:2]
@@ -525,7 +534,7 @@ class MusicLM(nn.Module):
         else:
             position = torch.arange(L, device=h.device).expand(B, L)
         read = position[:, -1] + 1
-        h = h + self._positions(position).to(h.dtype)
+        h = h + self._positions(position, tempo[:, None]).to(h.dtype)
         context = Context(text, text_mask, mask)
         states = []
         for i, block in enumerate(self.blocks):
@@ -534,19 +543,33 @@ class MusicLM(nn.Module):
             else:
                 h, state = block(h, context)
             states.append(state)
-        return h[:, -L:], LMState(states, read)
+        return h[:, -L:], LMState(states, read, tempo)
 
     def _embed(self, columns):
         """(B, K, ...) -> (B, ..., D): the sum of the codebooks' embeddings."""
         return sum(embed(columns[:, k]) for k, embed in enumerate(self.embeddings))
 
-    def _positions(self, position):
+    def _positions(self, position, tempo):
         """Sinusoids (..., D). Positions past the longest trained one stay there: a sinusoid that
         training never showed derails the model, a familiar one does not."""
-        position = position.clamp(max=self.config.trained_frames - 1)
-        return sinusoids(position, self.config.d_model, self.text_norm.weight.dtype)
+        known = position.clamp(max=self.config.trained_frames - 1)
+        h = sinusoids(known, self.config.d_model, self.text_norm.weight.dtype)
+        return h + self._beats(position, tempo) if self.config.clock == "beat" else h
 
-    def prefill(self, text, text_mask, codes=None, room=0):
+    def _beats(self, position, tempo):
+        """Where in the beat and in the bar a frame is, if the text says how many beats a minute:
+        positions (...) and bpm, 0 for unknown -> (..., D). A small model learns a number's sense
+        slowly, and keeping time even of a beat it has heard is hard for it; this is a metronome.
+        It starts with the music, and never ends: beats are as familiar after an hour as at first.
+        """
+        beats = position * (tempo / (60 * FRAME_RATE))
+        periods = torch.tensor(self.PERIODS, device=beats.device, dtype=beats.dtype)
+        angle = 2 * math.pi * (beats[..., None] / periods).frac()
+        waves = torch.cat([angle.cos(), angle.sin(), torch.ones_like(angle[..., :1])], -1)
+        heard = (tempo > 0) & (position >= 0)
+        return self.beat_proj((waves * heard[..., None]).to(self.beat_proj.weight.dtype))
+
+    def prefill(self, text, text_mask, tempo=None, codes=None, room=0):
         """Reads the text, the begin token and the codes (B, K, T) so far, if any
         -> logits (B, K, V) of the next column, and the state to `step` from. room: how many steps
         are to follow, for the layers whose state is a cache."""
@@ -554,7 +577,7 @@ class MusicLM(nn.Module):
             codes = torch.empty(len(text), len(self.heads), 0, dtype=torch.long, device=text.device)
         if self.config.prefix and len(text) == 1:
             text, text_mask = text[:, text_mask[0]], text_mask[:, text_mask[0]]
-        h, state = self._read(self.delay(codes)[:, :, : codes.shape[2] + 1], text, text_mask)
+        h, state = self._read(self.delay(codes)[:, :, : codes.shape[2] + 1], text, text_mask, tempo)
         for layers in state.blocks:
             for i, layer in enumerate(layers):
                 if isinstance(layer, KVCache):
@@ -563,7 +586,8 @@ class MusicLM(nn.Module):
 
     def step(self, column, state):
         """column (B, K), the tokens just chosen -> logits (B, K, V) of the next; updates state."""
-        h = self._embed(column) + self._positions(state.position).to(self.text_norm.weight.dtype)
+        h = self._embed(column)
+        h = h + self._positions(state.position, state.tempo).to(self.text_norm.weight.dtype)
         for block, layer_states in zip(self.blocks, state.blocks):
             h = block.step(h, layer_states, state.position)
         state.position.add_(1)
@@ -578,9 +602,12 @@ class TextEncoder(nn.Module):
     """Captions -> T5's last hidden state. One class, two sizes: the paper's frozen Flan-T5 Base
     from the hub, or a small T5 with its own tokenizer. Either is frozen, or trained along.
 
-    `encoder(["slow piano waltz", ""]) -> text (B, S, d_text), mask (B, S)`, S the longest caption's
-    tokens with the closing </s>; the empty string, guidance's unconditional half, is </s> alone.
+    `encoder(["slow piano waltz", ""]) -> text (B, S, d_text), mask (B, S), tempo (B,)`, S the
+    longest caption's tokens with the closing </s>; the empty string, guidance's unconditional half,
+    is </s> alone. The tempo is the bpm that a caption names, 0 if none.
     """
+
+    TEMPO = re.compile(r"(\d+(?:\.\d+)?) ?(?:bpm|beats (?:per|a) minute)", re.IGNORECASE)
 
     def __init__(self, tokenizer, encoder, name, max_tokens):
         super().__init__()
@@ -644,11 +671,13 @@ class TextEncoder(nn.Module):
             mask = F.pad(mask, (0, missing))
         # T5 looks at the caption alone; with `fill`, the language model looks at all that follows.
         text = self.encoder(input_ids=ids, attention_mask=mask)[0]
-        return text, mask.bool() | (self.fill > 0)
+        named = [self.TEMPO.search(caption) for caption in captions]
+        tempo = torch.tensor([float(n[1]) if n else 0.0 for n in named], device=text.device)
+        return text, mask.bool() | (self.fill > 0), tempo
 
     def pooled(self, captions):
         """-> (B, d_text), the mean over a caption's tokens; of the empty string that of </s>."""
-        text, mask = self(captions)
+        text, mask, _ = self(captions)
         mask = mask[..., None].to(text.dtype)
         return (text * mask).sum(1) / mask.sum(1)
 
@@ -838,7 +867,8 @@ def _stack(states):
         [type(layer[0])(*map(torch.cat, zip(*layer))) for layer in zip(*block)]
         for block in zip(*(state.blocks for state in states))
     ]
-    return LMState(blocks, torch.cat([state.position for state in states]))
+    position, tempo = (torch.cat(v) for v in zip(*(state[1:] for state in states)))
+    return LMState(blocks, position, tempo)
 
 
 # ------------------------------------------------------------------------------------------------

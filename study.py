@@ -1,6 +1,7 @@
 """The paper's questions, and a few it left open, asked in the toy world by anyone with an evening.
 
     python evaluate.py study             three seeds; an evening on two cores
+    python evaluate.py study --seeds 1   the first of them; more may follow
     python evaluate.py study --quick     one seed, an eighth of the steps: half an hour
 
 RQ1     mamba, simba, cross-simba, transformer: the loss against tokens, FLOPs and time, and how
@@ -11,11 +12,12 @@ and     EinFFT for the feed-forward layer; the text encoder frozen or trained; c
         SSD or attention in the refiner; a refiner tuned to a language model's own tokens; how far
         past its training length each language model stays musical
 
-All runs get the same steps of the same clips. They are `train.py`'s toy preset, one thread each, as
-many at once as there are cores, in out/study. What is there already is not made again, so the same
-command goes on after Ctrl-C, a crash, or a night. Tables (CSV) and figures land in results/study,
-and its README.md has them all on one page. Brackets are the least and the greatest of the seeds
-where there is a loss in front of them, and elsewhere bootstrap 95% intervals over clips.
+All runs get the same steps of the same clips. They are `train.py`'s toy preset, but count no beats,
+as the paper's models do not; one thread each, as many at once as there are cores, in out/study.
+What is there already is not made again, so the same command goes on after Ctrl-C, a crash, or a
+night. Tables (CSV) and figures land in results/study, and its README.md has them all on one page.
+Brackets are the least and the greatest of the seeds where there is a loss in front of them, and
+elsewhere bootstrap 95% intervals over clips.
 """
 
 import functools
@@ -25,7 +27,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,8 +85,9 @@ TUNED = {
 EARLY = 0.4  # the share of the steps after which Table I's models are heard a first time
 
 
-def study(quick=False, data="toy"):
-    Study(QUICK if quick else FULL, data).run()
+def study(quick=False, data="toy", seeds=None):
+    size = QUICK if quick else FULL
+    Study(replace(size, seeds=seeds or size.seeds), data).run()
 
 
 class Study:
@@ -122,8 +125,9 @@ class Study:
         jobs = {}
         for seed in range(size.seeds):
             for label, options in LMS.items():
-                more = f"--steps {size.steps} --valid-every {every} --keep-every {early}"
-                more += f" --valid-clips {size.valid_clips} --seed {seed} --data {self.data}"
+                more = f"--clock music --steps {size.steps} --seed {seed} --data {self.data}"
+                more += f" --valid-every {every} --keep-every {early}"
+                more += f" --valid-clips {size.valid_clips}"
                 jobs[self.folder(label, seed)] = f"{options} {more}".split()
         for label, options in (REFINERS | TUNED).items():
             steps = size.refiner_steps if label in REFINERS else size.tuning_steps
@@ -169,13 +173,12 @@ class Study:
         for label in LMS:
             count, spent, losses = self.budgets[label]
             last = [valid[-1] for _, valid in self.runs(label)]
-            seeds = lambda values: (np.mean(values), (np.min(values), np.max(values)))
             rows.append((label, {
                 "parameters, M": plain(count / 1e6),
                 "minutes": plain(spent["seconds of one core"][-1] / 60),
-                "loss, whole clips": seeds(losses[:, -1]),
-                "loss, first second": seeds([row["right_1s"] for row in last]),
-                "... with another's caption": seeds([row["shuffled_1s"] for row in last]),
+                "loss, whole clips": over_seeds(losses[:, -1]),
+                "loss, first second": over_seeds([row["right_1s"] for row in last]),
+                "... with another's caption": over_seeds([row["shuffled_1s"] for row in last]),
             }))  # fmt: skip
         self.table(
             "losses", "The language models", rows,
@@ -208,7 +211,7 @@ class Study:
             cells = {}
             for axis in theirs:
                 shares = [reached(spent[axis], run, goal) / theirs[axis][-1] for run in mine]
-                cells[axis] = np.mean(shares), (np.min(shares), np.max(shares))
+                cells[axis] = over_seeds(shares)
             rows.append((label, cells))
         self.table(
             "race", "Time to beat the Transformer", rows,
@@ -221,7 +224,7 @@ class Study:
     def systems(self):
         early = round(EARLY * self.size.steps)
         found = {}
-        if self.size is not QUICK:
+        if self.size.name != QUICK.name:
             for label in VARIANTS:
                 found[f"{label}, {early} steps"] = self.folder(label) / f"step-{early}"
         found |= {label: self.folder(label) / "best" for label in LMS}
@@ -360,8 +363,10 @@ class Study:
         spent = sum(
             self.budgets[label][1]["seconds of one core"][-1] * self.size.seeds for label in LMS
         )
-        command = "python evaluate.py study" + " --quick" * (self.size is QUICK)
+        usual = QUICK if self.size.name == QUICK.name else FULL
+        command = "python evaluate.py study" + " --quick" * (usual is QUICK)
         command += f" --data {self.data}" * (self.data != "toy")
+        command += f" --seeds {self.size.seeds}" * (self.size.seeds != usual.seeds)
         head = (
             f"# The study\n\n`{command}`, on {provenance()}. Training of the language models took "
             f"{spent / 3600:.1f} hours of one core; this run of the command "
@@ -456,6 +461,10 @@ def varied(task, **changes):
 
 def plain(value):
     return value, None
+
+
+def over_seeds(values):
+    return np.mean(values), (np.min(values), np.max(values)) if len(values) > 1 else None
 
 
 def reached(spent, losses, goal):

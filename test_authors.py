@@ -140,7 +140,7 @@ def test_logits_are_those_of_the_formulas_at_once_and_step_by_step(codebooks, tm
     """Over 60 positions of text, nearly all of them filling, and 12 frames of music."""
     weights, encoder = published(codebooks), small_encoder()
     lm = model.load_checkpoint(write(tmp_path, saved(weights)))
-    text, mask = encoder(["jazz"])
+    text, mask, _ = encoder(["jazz"])
     assert text.shape == (1, 60, TEXT) and mask.all()
     codes = torch.randint(1024, (1, codebooks, 12))
     columns = delayed(codes[0])
@@ -150,7 +150,7 @@ def test_logits_are_those_of_the_formulas_at_once_and_step_by_step(codebooks, tm
     for k in range(codebooks):
         torch.testing.assert_close(logits[k], expected[k, k : k + 12].float(), atol=1e-4, rtol=0)
 
-    logits, state = lm.prefill(text, mask, codes[:, :, :5])
+    logits, state = lm.prefill(text, mask, codes=codes[:, :, :5])
     for s in range(6, columns.shape[1]):
         torch.testing.assert_close(logits[0], expected[:, s - 1].float(), atol=1e-4, rtol=0)
         logits = lm.step(columns[None, :, s], state)
@@ -178,8 +178,8 @@ def test_captions_are_filled_with_the_end_token_which_t5_does_not_see():
     plain, filled = small_encoder(fill=0), small_encoder(fill=60)
     seen = []
     filled.encoder.register_forward_pre_hook(lambda *a: seen.append(a[2]), with_kwargs=True)
-    text, mask = plain(captions)
-    longer, all_read = filled(captions)
+    text, mask, _ = plain(captions)
+    longer, all_read, _ = filled(captions)
     ids, S = plain.tokenizer(captions, padding=True, return_tensors="pt").input_ids, text.shape[1]
     assert S < 24 and (seen[0]["input_ids"][:, :S] == ids).all()
     assert (seen[0]["input_ids"][:, S:] == 1).all() and plain.tokenizer.eos_token_id == 1
@@ -189,7 +189,7 @@ def test_captions_are_filled_with_the_end_token_which_t5_does_not_see():
     torch.testing.assert_close(longer[:, :S][mask], text[mask], atol=1e-5, rtol=1e-5)
 
     filled.fill = 2  # a batch that is longer stays as it is, and its padding is read all the same
-    text2, all_read = filled(captions)
+    text2, all_read, _ = filled(captions)
     assert (text2 == text).all() and all_read.all() and not mask.all()
 
 

@@ -436,6 +436,8 @@ def test_a_report_is_markdown_and_csv(tmp_path, monkeypatch, capsys):
         (["toy/lm", "nowhere"], "no checkpoint at nowhere"),
         (["--count", "1"], "--count must be at least 2"),
         (["--musiccaps", "x.csv"], "belong together"),
+        (["--seeds", "2"], "go with `evaluate.py study`"),
+        (["study", "--seeds", "0"], "--seeds must be at least 1"),
         (["table1"], "table1 needs checkpoints"),
         (["figure3"], "figure3 needs"),
     ],

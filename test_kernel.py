@@ -264,7 +264,7 @@ def test_a_model_on_kernels_is_the_model(variant, monkeypatch):
     results = []
     for available in (ssd_kernel.available, lambda x: True):
         monkeypatch.setattr(ssd_kernel, "available", available)
-        text, mask = encoder(prompts)
+        text, mask, _ = encoder(prompts)
         loss = lm(codes, text.detach(), mask).float().square().mean()
         gradients = torch.autograd.grad(loss, list(lm.parameters()))
         played = torch.cat(list(generate(lm, encoder, prompts, 4, [1, 2], block=2)), 2)

@@ -38,11 +38,14 @@ def tiny(variant="simba", dtype=torch.float32, **options):
     lm = MusicLM(LMConfig(variant=variant, **(config | options))).to(dtype).eval()
     for head in lm.heads:
         head.weight.data *= 10
+    if lm.config.clock == "beat":
+        lm.beat_proj.weight.data.normal_()
     return lm, TextEncoder.small(tokenizer_json(), d_model=64, layers=1, max_tokens=24).eval()
 
 
 VARIANTS = [(v, k, "ff") for v in model.VARIANTS for k in (1, 9)]
 VARIANTS += [("simba", 1, "einfft"), ("cross-simba", 9, "einfft")]
+CLOCKS = [*itertools.product(model.VARIANTS, ["text", "beat"]), ("simba", "music")]
 
 
 @pytest.mark.parametrize(
@@ -73,36 +76,37 @@ def test_heads_start_as_their_authors_or_as_running_means():
         assert (B @ C > 100) == (init == "memory")  # of 512 columns
 
 
-@pytest.mark.parametrize("variant, codebooks, mixer", VARIANTS)
+@pytest.mark.parametrize(
+    "variant, codebooks, mixer, clock",
+    [(*v, "text") for v in VARIANTS] + [(v, 1, "ff", "beat") for v in model.VARIANTS],
+)
 @torch.no_grad()
-def test_step_equals_forward_for_every_variant(variant, codebooks, mixer):
+def test_step_equals_forward_for_every_variant(variant, codebooks, mixer, clock):
     """1,000 tokens: forward reads the first 10, step the others, from the state it left."""
-    lm, encoder = tiny(variant, codebooks=codebooks, mixer=mixer)
-    text, mask = encoder(CAPTIONS[:3])
+    lm, encoder = tiny(variant, codebooks=codebooks, mixer=mixer, clock=clock)
+    text = encoder(CAPTIONS[:3])
     codes = torch.randint(50, (3, codebooks, 1000))
     columns = lm.delay(codes)
-    hidden, _ = lm._read(columns[:, :, :1000], text, mask)
+    hidden, _ = lm._read(columns[:, :, :1000], *text)
     expected = torch.stack([head(hidden) for head in lm.heads], 1)  # (B, K, L, V)
     # A prompt of 10 frames is read as 11 columns; what of them is not yet known is 50.
-    logits, state = lm.prefill(text, mask, codes[:, :, :10], room=1000)
+    logits, state = lm.prefill(*text, codes[:, :, :10], room=1000)
     for s in range(11, 1000):
         error = (logits - expected[:, :, s - 1]).abs().max()
         assert error < 1e-4 * expected.abs().max().clamp(min=1), s
         logits = lm.step(columns[:, :, s], state)
 
 
-@pytest.mark.parametrize(
-    "variant, clock", [*itertools.product(model.VARIANTS, ["text"]), ("simba", "music")]
-)
+@pytest.mark.parametrize("variant, clock", CLOCKS)
 @torch.no_grad()
 def test_a_batch_of_unequal_prompts_gives_each_prompts_own_logits(variant, clock):
     lm, encoder = tiny(variant, torch.float64, clock=clock)
     encoder.double()
     codes = torch.randint(50, (4, 1, 30))
-    text, mask = encoder(CAPTIONS)
+    text, mask, tempo = encoder(CAPTIONS)
     text[~mask] = 1e3  # what stands in the padding must not matter
-    together = lm(codes, text, mask)
-    _, states = lm._read(lm.delay(codes)[:, :, :30], text, mask)
+    together = lm(codes, text, mask, tempo)
+    _, states = lm._read(lm.delay(codes)[:, :, :30], text, mask, tempo)
     for i, caption in enumerate(CAPTIONS):
         alone = lm(codes[i : i + 1], *encoder([caption]))
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
@@ -112,16 +116,17 @@ def test_a_batch_of_unequal_prompts_gives_each_prompts_own_logits(variant, clock
             assert states.position[i] == state.position[0]
 
 
-@pytest.mark.parametrize("clock", ["text", "music"])
+@pytest.mark.parametrize("clock", ["text", "music", "beat"])
 @torch.no_grad()
 def test_the_clock_counts_from_the_text_or_from_the_music(clock, monkeypatch):
     lm, encoder = tiny("simba", clock=clock)
-    text, mask = encoder(CAPTIONS[:2])
+    text, mask, tempo = encoder(CAPTIONS[:2])
     words = mask.sum(1).tolist()
     assert words[0] != words[1]
     seen = []
-    monkeypatch.setattr(lm, "_positions", lambda p: seen.append(p) or MusicLM._positions(lm, p))
-    lm(torch.randint(50, (2, 1, 10)), text, mask)
+    sinusoids = lambda p, *tempo: seen.append(p) or MusicLM._positions(lm, p, *tempo)
+    monkeypatch.setattr(lm, "_positions", sinusoids)
+    lm(torch.randint(50, (2, 1, 10)), text, mask, tempo)
     for i, count in enumerate(words):
         zero = count if clock == "text" else 0
         assert seen[0][i, -10 - count :].tolist() == list(range(zero - count, zero + 10))
@@ -130,12 +135,12 @@ def test_the_clock_counts_from_the_text_or_from_the_music(clock, monkeypatch):
 @pytest.mark.parametrize("variant, codebooks, mixer", VARIANTS)
 def test_no_code_sees_itself_or_its_future(variant, codebooks, mixer):
     lm, encoder = tiny(variant, torch.float64, codebooks=codebooks, mixer=mixer)
-    text, mask = encoder.double()(["jazz"])
+    text = encoder.double()(["jazz"])
     codes = torch.randint(50, (1, codebooks, 20))
     changed = codes.clone()
     k, t = codebooks // 2, 12
     changed[0, k, t] = (codes[0, k, t] + 1) % 50
-    difference = (lm(codes, text, mask) - lm(changed, text, mask)).abs().amax(-1)[0]  # (K, L)
+    difference = (lm(codes, *text) - lm(changed, *text)).abs().amax(-1)[0]  # (K, L)
     # In the delay pattern codebook j of frame u is predicted at column u + j; the change, read at
     # column t + k + 1, may show from there on.
     column = torch.arange(20) + torch.arange(codebooks)[:, None]
@@ -157,13 +162,36 @@ def test_text_changes_the_music_and_gradients_reach_it():
 
 def test_positions_are_sinusoids_cosine_first():
     lm, _ = tiny()
-    table = lm._positions(torch.tensor([[0, 7, 63, 64, 1000]]))[0]
+    table = lm._positions(torch.tensor([[0, 7, 63, 64, 1000]]), torch.zeros(1, 1))[0]
     half = 16
     for i in (0, 5, 15):
         angle = torch.tensor(7 / 10000 ** (i / (half - 1)))
         assert table[1, i] == pytest.approx(angle.cos().item(), abs=1e-6)
         assert table[1, half + i] == pytest.approx(angle.sin().item(), abs=1e-6)
     assert (table[3] == table[2]).all() and (table[4] == table[2]).all()  # the last one trained
+
+
+def test_the_text_encoder_finds_the_bpm():
+    _, encoder = tiny()
+    captions = ["techno at 132 BPM", "90.5bpm", "84 beats per minute, calm", "100 drums", "bpm", ""]
+    assert encoder(captions)[2].tolist() == [132, 90.5, 84, 0, 0, 0]
+
+
+@torch.no_grad()
+def test_beats_are_counted_at_the_tempo_that_the_text_names():
+    lm, _ = tiny(clock="beat", d_model=16)
+    lm.beat_proj.weight.data = torch.eye(16)[:, :13]  # what comes out is what goes in
+    beat = 60 * model.FRAME_RATE / 120  # frames
+    position, tempo = torch.tensor([0.0, 0.25, 1, 2, 3, 12000]) * beat, torch.tensor(120.0)
+    cosines, sines, known = lm._beats(position, tempo).split([6, 6, 4], -1)
+    assert known[:, 0].tolist() == [1] * 6
+    for i, period in enumerate(lm.PERIODS):
+        angle = 2 * torch.pi * position / beat / period
+        torch.testing.assert_close(cosines[:5, i], angle[:5].cos(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(sines[:5, i], angle[:5].sin(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(cosines[5], torch.ones(6), atol=1e-4, rtol=0)  # an hour later
+    assert not lm._beats(position, torch.tensor(0.0)).any()
+    assert not lm._beats(torch.tensor([-3]), tempo).any()  # in the text
 
 
 def run(lm, encoder, prompts, seeds, frames=40, **options):
@@ -185,10 +213,8 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(variant, codebooks, mixer):
 def test_generation_is_the_model_run_forward(codebooks):
     """Greedy tokens from `generate`, state and all, against re-reading everything each time."""
     lm, encoder = tiny(codebooks=codebooks)
-    text, mask = encoder(["jazz"])
-    null, null_mask = encoder([""])
     codes = run(lm, encoder, ["jazz"], [0], frames=12, top_k=1, guidance=3.0)
-    conditional, unconditional = (lm(codes, *t) for t in ((text, mask), (null, null_mask)))
+    conditional, unconditional = (lm(codes, *encoder([t])) for t in ("jazz", ""))
     logits = unconditional + 3 * (conditional - unconditional)
     # Fine codebooks of the last frames were sampled beside coarse ones beyond the end.
     assert (logits[..., :-1].argmax(-1) == codes)[:, :, : 12 - codebooks + 1].all()
@@ -212,11 +238,11 @@ def test_a_large_model_samples_in_bf16_and_compiled_and_repeats_itself(monkeypat
     make = lambda prompts, seeds: torch.cat(list(generate(lm, encoder, prompts, 12, seeds)), 2)
     both = make(["jazz", "slow"], [0, 1])
     assert torch.equal(both[:1], make(["jazz"], [0])) and torch.equal(both[1:], make(["slow"], [1]))
-    text, mask = encoder(["jazz"])
+    text = encoder(["jazz"])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        logits, state = lm.prefill(text, mask)
+        logits, state = lm.prefill(*text)
         stepped = lm.step(exact[:, :, 0], state)
-        forward = lm(exact[:, :, :2], text, mask)[:, :, 1]
+        forward = lm(exact[:, :, :2], *text)[:, :, 1]
     assert state.blocks[0][0].ssm.dtype == torch.float32
     torch.testing.assert_close(stepped.float(), forward.float(), rtol=0.1, atol=0.3)
 

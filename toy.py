@@ -873,7 +873,7 @@ def train_text_encoder(steps: int = 1000, batch: int = 64, lr: float = 3e-3):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     for _ in (bar := tqdm(range(steps), "text encoder")):
         factors = [sample_factors(rng) for _ in range(batch)]
-        text, mask = encoder([caption(f, rng) for f in factors])
+        text, mask, _ = encoder([caption(f, rng) for f in factors])
         said = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         loss = 0.0
         for name, values in answers.items():

@@ -97,7 +97,7 @@ PRESETS = {
     "large": dict(blocks=40, d_model=1536, attention_heads=12, recompute=30, fsdp=True),
     "toy": dict(
         text_encoder="toy", train_text_encoder=5e-4, blocks=4, d_model=128, d_state=32, headdim=32,
-        chunk=32, init="memory", clock="music", d_text=128, attention_heads=4, dropout=0.0,
+        chunk=32, init="memory", clock="beat", d_text=128, attention_heads=4, dropout=0.0,
         trained_frames=862, steps=1250, seconds=862 / FRAME_RATE, crop=32 / FRAME_RATE,
         crop_until=0.85, batch=5, accumulate=1, lr=3e-3, beta2=0.99, valid_every=125,
         valid_clips=64, compile=False,
@@ -488,8 +488,8 @@ def caption_loss(lm, encoder, codes, captions, reduction="mean", label_smoothing
     with autocast(codes.device):
         with nullcontext() if encoder.trained else torch.no_grad():
             compiled = not isinstance(lm, MusicLM)  # ... and should meet few shapes
-            text, mask = encoder(captions, multiple=64 if compiled else 1)
-        logits = lm(codes, text, mask)  # (B, K, L, V)
+            text = encoder(captions, multiple=64 if compiled else 1)
+        logits = lm(codes, *text)  # (B, K, L, V)
     return F.cross_entropy(
         logits.float().flatten(0, 2),
         codes.flatten(),
