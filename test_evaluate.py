@@ -14,6 +14,7 @@ import torch
 import embedders
 import evaluate
 import judge
+import sample
 import toy
 from metrics import (
     clap_scores,
@@ -25,7 +26,7 @@ from metrics import (
     kl_divergences,
     longest_copies,
 )
-from model import entry
+from model import entry, generate
 
 SR = 44100
 
@@ -468,3 +469,19 @@ def test_the_whole_way_on_a_few_prompts(tmp_path, monkeypatch):
     assert rows == ["| real clips", "| codec, 9 codebooks", "| codec, 1 codebook", "| toy/lm"]
     assert "FD_toy | KL_toy | CLAP_toy" in lines[2]
     assert len(json.dumps(lines)) > 500
+
+
+def test_the_model_that_ships_keeps_the_tempo_that_it_is_asked_for(ear):
+    """In codebook 1 alone, where the judge is right about 98% of real clips."""
+    asked = dict(house=124, techno=140, metal=180, country=132)
+    prompts = [f"{genre} at {bpm} bpm" for genre, bpm in asked.items()]
+    system = sample.System(sample.SHIPPED, refiner=None)
+    made = generate(system.lm, system.encoder, prompts, 862, [0, 1, 2, 3], **system.sampling)
+    codes = torch.cat([*made], 2)
+    heard = ear.listen([system.codec.decode(system.codec.from_codes(c[None]))[0] for c in codes])
+    tempi = [judge.FACTORS["tempo"][i] for i in heard.logits["tempo"].argmax(1)]
+    right = [
+        any(judge.same_tempo(bpm * m, said) for m in (0.5, 1, 2))
+        for bpm, said in zip(asked.values(), tempi)
+    ]
+    assert sum(right) >= 3, tempi

@@ -577,16 +577,6 @@ def caption(factors: dict, rng: np.random.Generator, length: str | None = None) 
     return text + "." if length != "words" and rng.random() < 0.7 else text
 
 
-def lesson(factors: dict, rng: np.random.Generator) -> str:
-    """A caption to learn from. Three of four that name no number get the bpm at their end: what a
-    number means takes many examples, and people seldom give one."""
-    text = caption(factors, rng)
-    if re.search(r"\d", text) or rng.random() < 0.25:
-        return text
-    ends = [" at {} bpm", ", {} bpm", ", {} BPM", " at {} beats per minute"]
-    return text.rstrip(".") + pick(rng, ends).format(factors["tempo"])
-
-
 def name(factors: dict, rng, compound: bool = True) -> str:
     """The genre or the mixture, genre first; compound: fit to stand before a noun."""
     genre, rhythm = factors["genre"], factors["rhythm"]

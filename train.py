@@ -368,7 +368,7 @@ def open_data(name):
     folder = toy.corpus() if name == "toy" else Path(name)
 
     def describe(row, rng):
-        return toy.lesson(row["factors"], rng) if "factors" in row else row["caption"]
+        return toy.caption(row["factors"], rng) if "factors" in row else row["caption"]
 
     return folder, describe
 
