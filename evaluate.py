@@ -425,7 +425,8 @@ def cell_text(cell):
         return ""
     value, bounds, *count = cell
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
-    show = (lambda x: f"{x:.0%}") if count else (lambda x: f"{round(x, digits) + 0.0:.{digits}f}")
+    number = lambda x: f"{round(x, digits) + 0.0:.{digits}f}"  # + 0.0: never -0.000
+    show = (lambda x: f"{x:.0%}") if count else number
     text = show(value) + (f" [{show(bounds[0])}, {show(bounds[1])}]" if bounds else "")
     return text + (f" of {count[0]}" if count else "")
 

@@ -489,6 +489,8 @@ class MusicLM(nn.Module):
         if config.clock == "beat":
             self.beat_proj = nn.Linear(2 * len(self.PERIODS) + 1, D, bias=False)
             self.beat_proj.weight.data.zero_()  # at first, the music's clock is all there is
+            # Not made anew at every step: a CUDA graph allows no copies from the host.
+            self.register_buffer("periods", torch.tensor(self.PERIODS), persistent=False)
         self.recompute = 0  # in training, so many blocks keep nothing but their input
         # What a layer adds to the residual stream shrinks with depth, as in GPT-2 and Mamba.
         depth = config.blocks * len(VARIANTS[config.variant])
@@ -514,7 +516,7 @@ class MusicLM(nn.Module):
             columns[:, k, k + 1 : k + 1 + L] = codes[:, k]
         return columns
 
-    def _read(self, columns, text, text_mask, tempo=None):
+    def _read(self, columns, text, text_mask, tempo):
         """Reads text and columns (B, K, L) in parallel -> hidden (B, L, D) and the LMState."""
         tempo = text.new_zeros(len(text)) if tempo is None else tempo
         text = self.text_norm(self.text_proj(text))  # (B, S, D)
@@ -563,8 +565,7 @@ class MusicLM(nn.Module):
         It starts with the music, and never ends: beats are as familiar after an hour as at first.
         """
         beats = position * (tempo / (60 * FRAME_RATE))
-        periods = torch.tensor(self.PERIODS, device=beats.device, dtype=beats.dtype)
-        angle = 2 * math.pi * (beats[..., None] / periods).frac()
+        angle = 2 * math.pi * (beats[..., None] / self.periods).frac()
         waves = torch.cat([angle.cos(), angle.sin(), torch.ones_like(angle[..., :1])], -1)
         heard = (tempo > 0) & (position >= 0)
         return self.beat_proj((waves * heard[..., None]).to(self.beat_proj.weight.dtype))

@@ -101,6 +101,11 @@ class Study:
         # One set of prompts; no four samples of each, which diversity would want, and no copying.
         self.task = varied(self.task, prompts=dict(sentence=self.captions), alike=None, tokens=None)
 
+    @property
+    def usual(self):
+        """The size that this one is, but perhaps for its seeds."""
+        return QUICK if self.size.name == QUICK.name else FULL
+
     def run(self):
         own_tokens(self.out / "own-tokens", train.open_data(self.data)[0])
         self.train()
@@ -224,7 +229,7 @@ class Study:
     def systems(self):
         early = round(EARLY * self.size.steps)
         found = {}
-        if self.size.name != QUICK.name:
+        if self.usual is not QUICK:
             for label in VARIANTS:
                 found[f"{label}, {early} steps"] = self.folder(label) / f"step-{early}"
         found |= {label: self.folder(label) / "best" for label in LMS}
@@ -363,10 +368,9 @@ class Study:
         spent = sum(
             self.budgets[label][1]["seconds of one core"][-1] * self.size.seeds for label in LMS
         )
-        usual = QUICK if self.size.name == QUICK.name else FULL
-        command = "python evaluate.py study" + " --quick" * (usual is QUICK)
+        command = "python evaluate.py study" + " --quick" * (self.usual is QUICK)
         command += f" --data {self.data}" * (self.data != "toy")
-        command += f" --seeds {self.size.seeds}" * (self.size.seeds != usual.seeds)
+        command += f" --seeds {self.size.seeds}" * (self.size.seeds != self.usual.seeds)
         head = (
             f"# The study\n\n`{command}`, on {provenance()}. Training of the language models took "
             f"{spent / 3600:.1f} hours of one core; this run of the command "

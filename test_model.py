@@ -124,8 +124,8 @@ def test_the_clock_counts_from_the_text_or_from_the_music(clock, monkeypatch):
     words = mask.sum(1).tolist()
     assert words[0] != words[1]
     seen = []
-    sinusoids = lambda p, *tempo: seen.append(p) or MusicLM._positions(lm, p, *tempo)
-    monkeypatch.setattr(lm, "_positions", sinusoids)
+    spy = lambda p, *tempo: seen.append(p) or MusicLM._positions(lm, p, *tempo)
+    monkeypatch.setattr(lm, "_positions", spy)
     lm(torch.randint(50, (2, 1, 10)), text, mask, tempo)
     for i, count in enumerate(words):
         zero = count if clock == "text" else 0
@@ -189,7 +189,7 @@ def test_beats_are_counted_at_the_tempo_that_the_text_names():
         angle = 2 * torch.pi * position / beat / period
         torch.testing.assert_close(cosines[:5, i], angle[:5].cos(), atol=1e-4, rtol=0)
         torch.testing.assert_close(sines[:5, i], angle[:5].sin(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(cosines[5], torch.ones(6), atol=1e-4, rtol=0)  # an hour later
+    torch.testing.assert_close(cosines[5], torch.ones(6), atol=1e-4, rtol=0)  # later than an hour
     assert not lm._beats(position, torch.tensor(0.0)).any()
     assert not lm._beats(torch.tensor([-3]), tempo).any()  # in the text
 
@@ -248,9 +248,9 @@ def test_a_large_model_samples_in_bf16_and_compiled_and_repeats_itself(monkeypat
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("variant", model.VARIANTS)
-def test_a_recorded_step_is_the_step(variant, monkeypatch):
-    lm, encoder = tiny(variant)
+@pytest.mark.parametrize("variant, clock", CLOCKS)
+def test_a_recorded_step_is_the_step(variant, clock, monkeypatch):
+    lm, encoder = tiny(variant, clock=clock)
     lm, encoder = lm.cuda(), encoder.cuda()
     recorded = run(lm, encoder, CAPTIONS, [0, 1, 2, 3])
     monkeypatch.setattr(
