@@ -63,7 +63,7 @@ from metrics import (
     kl_divergences,
     longest_copies,
 )
-from model import entry, generate, load_checkpoint, read_config
+from model import TextEncoder, entry, generate, load_checkpoint, read_config
 from sample import SHIPPED, System, newest_checkpoint
 from sources import AUDIO, musiccaps_files, read_musiccaps
 
@@ -331,7 +331,7 @@ def mentioned(captions, factors):
     return {
         "genre": uses([[*toy.GENRES[f["genre"]].words, f["genre"]] for f in factors]),
         "lead": uses([toy.LEADS[f["lead"]][3] for f in factors]),
-        "tempo": said(r"\d+ (bpm|beats)"),
+        "tempo": said(TextEncoder.TEMPO),
         "key": said(r"\b[a-g](#|b| sharp| flat)? (major|minor)\b"),
         "mood": uses([toy.MOODS[f["mood"]].words for f in factors]),
     }

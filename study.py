@@ -390,6 +390,12 @@ def in_parallel(jobs):
     for job in jobs:
         out, steps = Path(job[1]), int(job[job.index("--steps") + 1])
         begun = train.begun(out)
+        if begun and "--data" in job:
+            asked, had = job[job.index("--data") + 1], read_config(out / "last")["train"]["data"]
+            if asked != had:
+                raise ValueError(
+                    f"{out} was trained on {had}, not {asked}: move it away, or --data {had}"
+                )
         if not begun or read_config(out / "last")["step"] < steps:
             todo.append((out, steps, ["--resume", str(out)] if begun else job))
     bar = tqdm(total=sum(steps for _, steps, _ in todo), desc="training", unit="step", disable=None)

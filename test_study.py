@@ -45,6 +45,9 @@ def test_a_study_trains_goes_on_and_writes_what_came_out(small, tmp_path, capsys
     losses = lambda text: [json.loads(line).get("loss") for line in text.splitlines()]
     assert losses((runs[0] / "log.jsonl").read_text()) == losses(whole)
     assert (runs[1] / "log.jsonl").stat().st_mtime_ns == stamp
+    small.data = "elsewhere"
+    with pytest.raises(ValueError, match="was trained on toy, not elsewhere"):
+        small.train()
 
     small.losses()
     small.race()
