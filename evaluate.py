@@ -20,6 +20,7 @@ Markdown and CSV. The paper's tables and figures, each one command (figures.py):
     python evaluate.py figure2 out/simba/step-* out/transformer/step-*
     python evaluate.py figure3 SIMBA TRANSFORMER             spectrograms of one prompt
     python evaluate.py kappa                                 the codec with 1 ... 9 codebooks
+    python evaluate.py tempo                                 does the beat follow "at 96 bpm"?
     python evaluate.py study                                 all of it, in the toy world (study.py)
 
 N clips · W frames of an embedding · D its size · C tags
@@ -52,7 +53,7 @@ from codec import (
     write_audio,
 )
 from data import Clips
-from judge import heard_in_real_clips, load_judge, right
+from judge import FACTORS, heard_in_real_clips, in_time, load_judge, right, same_tempo
 from metrics import (
     clap_scores,
     diversity,
@@ -439,6 +440,11 @@ def write(path, text):
 # ----------------------------------------------------------------- the paper's tables, figures ----
 
 
+def shipped():
+    """The model that ships, as one names it at the top of the repository."""
+    return str(SHIPPED.relative_to(toy.ROOT))
+
+
 def named(system):
     """A system as the paper calls it, and its parameters in millions."""
     system = stages(system)[0]
@@ -547,6 +553,35 @@ def kappa(args):
     draw_metrics(RESULTS / "kappa", series, ruler, "codebooks (κ)", levels)
 
 
+def tempo(args):
+    """Does the beat follow the number, and what becomes of prompts that name none?"""
+    if args.musiccaps or any(is_audio(system) for system in args.systems):
+        raise ValueError("tempo asks checkpoints for the toy world's genres: name no other systems")
+    ruler, valid = load_judge(), Clips(toy.corpus(), "valid", 1)
+    pure = [i for i, row in enumerate(valid.rows) if row["factors"]["rhythm"] is None]
+    pure = pure[: args.count or 64]
+    factors = [valid.rows[i]["factors"] for i in pure]
+    asked = {"GENRE at N bpm": [f"{f['genre']} at {f['tempo']} bpm" for f in factors]}
+    asked["GENRE"] = [f["genre"] for f in factors]
+
+    def cells(heard, kind):
+        found = {"genre": right(heard.logits, factors)["genre"]}
+        if kind != "GENRE":
+            said = [FACTORS["tempo"][i] for i in heard.logits["tempo"].argmax(1)]
+            for column, same in (("tempo within 4%", same_tempo), ("half, double too", in_time)):
+                found[column] = np.array([same(f["tempo"], s) for f, s in zip(factors, said)])
+        return {k: (v.mean(), interval(v.astype(float)), len(v)) for k, v in found.items()}
+
+    rows = [("real clips", cells(heard_in_real_clips().of(pure), "real"))]
+    for system in args.systems or [shipped()]:
+        for kind, prompts in asked.items():
+            title = f"{system}, {kind}"
+            files, _ = music(system, prompts, 10.0, title)
+            rows.append((title, cells(hear(ruler, files, title), kind)))
+    about = f"Genre and bpm of {len(pure)} held-out clips that are no mixtures; {ruler.settings}."
+    report("tempo", "Does the beat follow the number?", rows, about)
+
+
 def figure3(args):
     """Mel spectrograms of what each system plays to the paper's jazz-reggae prompt."""
     if not args.systems:
@@ -583,7 +618,7 @@ def study(args):
 
 COMMANDS = dict(
     table1=table1, table2=table2, table4=table4, figure2=figure2, figure3=figure3, kappa=kappa,
-    study=study,
+    tempo=tempo, study=study,
 )  # fmt: skip
 
 
@@ -597,7 +632,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("systems", nargs="*", help="checkpoints, folders of 000.wav ..., musicgen-small; before "
         "them, perhaps one of " + ", ".join(COMMANDS))  # fmt: skip
-    add("--count", type=int, help="prompts [32; with --musiccaps 200, or 50 beyond 10 seconds]")
+    add("--count", type=int, help="prompts [32; tempo 64; --musiccaps 200, 50 beyond 10 seconds]")
     add("--musiccaps", metavar="CSV", help="the paper's protocol, with its networks")
     add("--clips", metavar="FOLDER", help="... and the clips of that table")
     add("--seconds", type=float, default=10.0, help="length of a clip, with --musiccaps [10]")
@@ -646,7 +681,7 @@ def main():
     torch.manual_seed(0)
     if args.command:
         return COMMANDS[args.command](args)
-    args.systems = args.systems or [str(SHIPPED.relative_to(toy.ROOT))]
+    args.systems = args.systems or [shipped()]
     ruler, task = open_task(args)
     rows, factor_rows = measure(args.systems, ruler, task)
     about = f"{task.about}; {ruler.settings}. 95% intervals from a bootstrap over clips."

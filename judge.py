@@ -264,6 +264,11 @@ def same_tempo(asked, heard, tolerance=0.04):
     return abs(heard - asked) <= tolerance * asked
 
 
+def in_time(asked, heard, tolerance=0.04):
+    """The same tempo, or its double or its half: what the foot takes for the beat is a choice."""
+    return any(same_tempo(m * asked, heard, tolerance) for m in (0.5, 1, 2))
+
+
 def right(logits, factors) -> dict:
     """Whether the heads name what was asked, the tempo to within 4%: {factor: (N,) of bool}"""
     verdicts = {}
