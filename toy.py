@@ -264,170 +264,198 @@ def compose(factors: dict, seed: int, seconds: float = 10.0) -> pretty_midi.Pret
     """Write the parts of a clip. The same arguments give the same notes."""
     # A generator a part, so that a change to one part leaves the others as they were.
     rng, drum_rng, bass_rng, lead_rng, hand = np.random.default_rng(seed).spawn(5)
-    g, r = GENRES[factors["genre"]], GENRES[factors["rhythm"] or factors["genre"]]
-    mood = MOODS[factors["mood"]]
-    tonic, mode = factors["key"].split()
-    tonic = TONICS.index(tonic)
-    bar, own_bar = 4 * r.beats, 4 * g.beats
-    step_seconds = 15 / factors["tempo"]
-    bars = int(np.ceil(seconds / (bar * step_seconds)))
-    midi = pretty_midi.PrettyMIDI(initial_tempo=factors["tempo"])
+    piece = Piece(factors, seconds, rng, hand)
+    piece.drums(drum_rng)
+    piece.bass(bass_rng)
+    piece.comping(rng)
+    piece.lead(lead_rng)
+    return piece.midi
 
-    def clock(step: float) -> float:
+
+class Piece:
+    """A clip while it is written, part by part. g is the genre that lends harmony, comping and
+    lead; r the one that lends the rhythm; `hand` makes the small unevenness of people."""
+
+    def __init__(self, factors, seconds, rng, hand):
+        self.factors, self.seconds, self.hand = factors, seconds, hand
+        self.g = GENRES[factors["genre"]]
+        self.r = GENRES[factors["rhythm"] or factors["genre"]]
+        self.mood = MOODS[factors["mood"]]
+        tonic, self.mode = factors["key"].split()
+        self.tonic = TONICS.index(tonic)
+        self.bar, self.own_bar = 4 * self.r.beats, 4 * self.g.beats
+        self.step_seconds = 15 / factors["tempo"]
+        self.bars = int(np.ceil(seconds / (self.bar * self.step_seconds)))
+        self.midi = pretty_midi.PrettyMIDI(initial_tempo=factors["tempo"])
+        self.song = pick(rng, self.g.chords_minor if self.mode == "minor" else self.g.chords_major)
+
+    def clock(self, step: float) -> float:
         """Steps -> seconds, swung: the first of a pair of notes gets more than half of its time."""
-        unit, ratio = r.swing
+        unit, ratio = self.r.swing
         pair = 32 // unit  # steps in two notes of the swinging value
         whole, x = divmod(step / pair, 1)
         x = x * 2 * ratio if x < 0.5 else ratio + (x - 0.5) * 2 * (1 - ratio)
-        return (whole + x) * pair * step_seconds
+        return (whole + x) * pair * self.step_seconds
 
-    def player(program: int, level: float, name: str, is_drum=False) -> pretty_midi.Instrument:
+    def chord_at(self, step: int) -> tuple[int, tuple]:
+        """(pitch class of the root, pitch classes of the chord)"""
+        here = self.song[step // self.bar % len(self.song)]
+        root, tones = here[step % self.bar * len(here) // self.bar]
+        root += self.tonic
+        return root % 12, tuple((root + t) % 12 for t in tones)
+
+    def player(self, program: int, level: float, name: str, is_drum=False):
         part = pretty_midi.Instrument(program, is_drum, name)
         quiet = (4 if program == TR808 else 1) if is_drum else LOUD.get(program, 2)
         volume = 100 * 10 ** ((level - quiet) / 40)  # controller 7 is squared by the synthesiser
         part.control_changes += [
             pretty_midi.ControlChange(7, int(np.clip(volume, 1, 127)), 0),
-            pretty_midi.ControlChange(91, int(127 * (g.room + r.room) / 2), 0),
+            pretty_midi.ControlChange(91, int(127 * (self.g.room + self.r.room) / 2), 0),
         ]
-        midi.instruments.append(part)
+        self.midi.instruments.append(part)
         return part
 
-    def play(part, pitch, step, length, velocity, delay=0.0):
+    def play(self, part, pitch, step, length, velocity, delay=0.0):
         """One note, by a human hand."""
-        start = clock(step) + delay + max(hand.normal(0, r.loose / 1000), -clock(step))
-        end = min(max(clock(step + length) - 0.01, start + 0.05), seconds)
-        velocity = int(np.clip(velocity + mood.velocity + hand.normal(0, 4), 20, 127))
+        begin = self.clock(step)
+        start = begin + delay + max(self.hand.normal(0, self.r.loose / 1000), -begin)
+        end = min(max(self.clock(step + length) - 0.01, start + 0.05), self.seconds)
+        velocity += self.mood.velocity + self.hand.normal(0, 4)
         if start < end:
+            velocity = int(np.clip(velocity, 20, 127))
             part.notes.append(pretty_midi.Note(velocity, int(pitch), start, end))
 
-    song = pick(rng, g.chords_minor if mode == "minor" else g.chords_major)
+    def drums(self, rng):
+        """The pattern, thinner or richer by mood, with a fill at the end of a phrase."""
+        r, bar, mood = self.r, self.bar, self.mood
+        kit = pick(rng, r.drums) if r.drums else {}
+        extra = mood.drums.split() if r.drums else []
+        kit = kit | dict(zip(extra[::2], extra[1::2]))
+        part = self.player(r.kit, 0, "drums", is_drum=True)
+        phrase = 2 if self.factors["mood"] == "energetic" else 4
+        loud = {"X": 112, "x": 92, "o": 58, "-": 60}
+        for letter, pattern in kit.items():
+            line = fit(pattern, 16 if letter in extra[::2] else bar, bar, self.bars)
+            for step, char, _ in onsets(line):
+                last = step // bar % phrase == phrase - 1
+                fill = r.fill and last and step % bar >= bar - len(r.fill)
+                weak = char == "o" or (char == "x" and step % 4 and letter not in "KSPERV")
+                if (fill and letter not in "KDC") or (weak and mood.density < 0.6):
+                    continue
+                self.play(part, DRUMS[letter], step, 1, loud.get(char, 90))
+        if r.fill and mood.density > 0.6:
+            for end in range(phrase * bar, self.bars * bar + 1, phrase * bar):
+                for i, letter in enumerate(r.fill):
+                    self.play(part, DRUMS[letter], end - len(r.fill) + i, 1, 88 + 4 * i)
 
-    def chord_at(step: int) -> tuple[int, tuple]:
-        """(pitch class of the root, pitch classes of the chord)"""
-        here = song[step // bar % len(song)]
-        root, tones = here[step % bar * len(here) // bar]
-        return (tonic + root) % 12, tuple((tonic + root + t) % 12 for t in tones)
-
-    # Drums: the pattern, thinner or richer by mood, with a fill at the end of a phrase.
-    kit = pick(drum_rng, r.drums) if r.drums else {}
-    extra = mood.drums.split() if r.drums else []
-    kit = kit | dict(zip(extra[::2], extra[1::2]))
-    part = player(r.kit, 0, "drums", is_drum=True)
-    phrase = 2 if factors["mood"] == "energetic" else 4
-    for letter, pattern in kit.items():
-        line = fit(pattern, 16 if letter in extra[::2] else bar, bar, bars)
-        for step, char, _ in onsets(line):
-            fill = r.fill and step // bar % phrase == phrase - 1 and step % bar >= bar - len(r.fill)
-            weak = char == "o" or (char == "x" and step % 4 and letter not in "KSPERV")
-            if (fill and letter not in "KDC") or (weak and mood.density < 0.6):
-                continue
-            play(part, DRUMS[letter], step, 1, {"X": 112, "x": 92, "o": 58, "-": 60}.get(char, 90))
-    if r.fill and mood.density > 0.6:
-        for end in range(phrase * bar, bars * bar + 1, phrase * bar):
-            for i, letter in enumerate(r.fill):
-                play(part, DRUMS[letter], end - len(r.fill) + i, 1, 88 + 4 * i)
-
-    # Bass: degrees of the chord, or a walk that steps to the next chord's root.
-    part = player(pick(bass_rng, r.bass_programs), 2, "bass")
-    line = fit(pick(bass_rng, r.bass), bar, bar, bars)
-    pitch = 36
-    for step, char, length in onsets(line):
-        root, tones = chord_at(step)
-        following = chord_at((step // 4 + 1) * 4)[0]
-        bottom, ahead = 28 + (root - 28) % 12, 28 + (following - 28) % 12
-        third = bottom + (3 if (root + 3) % 12 in tones else 4)
-        degrees = {"R": bottom, "3": third, "5": bottom + 7, "6": bottom + 9, "7": bottom + 10}
-        degrees |= {"8": bottom + 12, "n": ahead, "a": ahead - 1}
-        if char != "w":
-            pitch = degrees[char]
-        elif step % bar == 0 or chord_at(step - 1)[0] != root:
-            pitch = bottom if pitch < 38 else bottom + 12 * (bottom < 34)
-        elif following != root or (step // 4 + 1) * 4 % bar == 0:
-            ahead += 12 * (pitch - ahead > 6)
-            pitch = ahead + pick(bass_rng, (-1, 1, -2, 2))
-        else:
-            near = [p for p in range(28, 50) if p % 12 in tones and 0 < abs(p - pitch) < 8]
-            pitch = pick(bass_rng, near)
-        play(part, pitch, step, length, 92 + 6 * (step % bar == 0))
-
-    # Comping: voice-led chords, together, strummed or broken.
-    lead_program = g.leads[factors["lead"]]
-    voices = g.comp + ([voice(mood.voice)] if mood.voice else [])
-    for v in voices:
-        programs = [p for p in v.programs if p != lead_program] or v.programs
-        part = player(pick(rng, programs), v.level - 3, v.style)
-        own = v is voices[-1] and mood.voice != ""
-        line = fit(pick(rng, v.parts), 16 if own else own_bar, bar, bars)
-        line = line if own else reweave(line, mood.density, bar, rng)
-        shift = 0 if own or v.style == "power" else int(mood.register * 0.7)
-        voicing, last, turn = None, None, 0
+    def bass(self, rng):
+        """Degrees of the chord, or a walk that steps to the next chord's root."""
+        bar = self.bar
+        part = self.player(pick(rng, self.r.bass_programs), 2, "bass")
+        line = fit(pick(rng, self.r.bass), bar, bar, self.bars)
+        pitch = 36
         for step, char, length in onsets(line):
-            root, tones = chord_at(step)
-            if (root, tones) != last:
-                upper = tones[1:] if len(tones) > 3 else tones  # the bass has the root
-                voicing = closest_voicing(upper, v.low + shift, v.high + shift, voicing)
-                last, turn = (root, tones), 0
-            pitches = voicing
-            if v.style == "power":
-                bottom = v.low + (root + (int(char) if char.isdigit() else 0) - v.low) % 12
-                pitches = [bottom, bottom + 7, bottom + 12]
-            elif v.style in ("arp", "octaves"):
-                ladder = voicing + [voicing[0] + 12]
-                ladder += ladder[-2:0:-1]
-                pitches = [ladder[turn % len(ladder)]]
-                pitches += [pitches[0] + 12] * (v.style == "octaves")
-            elif v.style == "alberti":
-                pitches = [(voicing * 2)[(0, 2, 1, 2)[turn % 4]]]
-            elif v.style == "strum":
-                pitches = voicing + [voicing[0] + 12]
-            turn += 1
-            length *= mood.length if length > 1 else 1
-            for i, p in enumerate(pitches):
-                delay = 0.012 * i if v.style == "strum" else 0.0
-                play(part, p, step, length, 82 + 8 * (step % 8 == 0), delay)
+            root, tones = self.chord_at(step)
+            following = self.chord_at((step // 4 + 1) * 4)[0]
+            bottom, ahead = 28 + (root - 28) % 12, 28 + (following - 28) % 12
+            third = bottom + (3 if (root + 3) % 12 in tones else 4)
+            degrees = {"R": bottom, "3": third, "5": bottom + 7, "6": bottom + 9, "7": bottom + 10}
+            degrees |= {"8": bottom + 12, "n": ahead, "a": ahead - 1}
+            if char != "w":
+                pitch = degrees[char]
+            elif step % bar == 0 or self.chord_at(step - 1)[0] != root:
+                pitch = bottom if pitch < 38 else bottom + 12 * (bottom < 34)
+            elif following != root or (step // 4 + 1) * 4 % bar == 0:
+                ahead += 12 * (pitch - ahead > 6)
+                pitch = ahead + pick(rng, (-1, 1, -2, 2))
+            else:
+                near = [p for p in range(28, 50) if p % 12 in tones and 0 < abs(p - pitch) < 8]
+                pitch = pick(rng, near)
+            self.play(part, pitch, step, length, 92 + 6 * (step % bar == 0))
 
-    # Lead: two one-bar motifs in the form A A B A; a motif comes back with its rhythm and contour,
-    # on other chords. Strong and long notes are chord tones, the others move along the scale.
-    low, high, sustains, _ = LEADS[factors["lead"]]
-    part = player(lead_program, 5, "lead")
-    if sustains:
-        part.control_changes.append(pretty_midi.ControlChange(1, 24, 0))
-    centre = np.clip((low + high) / 2 + mood.register, low + 5, high - 5)
-    scale = "phrygian" if factors["mood"] == "dark" else g.scale[mode == "minor"]
-    scale = [(tonic + s) % 12 for s in SCALES[scale]]
-    motifs = []
-    for _ in "AB":
-        rhythm = reweave(fit(pick(lead_rng, g.line), own_bar, bar, 1), mood.density, bar, lead_rng)
-        if not motifs and not re.search(r"[^.\-]", rhythm[:4]):
-            rhythm = "x" + rhythm[1:]  # the lead is heard from the first beat on
-        contour = lead_rng.choice([-3, -2, -1, -1, 1, 1, 2, 3], size=bar)
-        motifs.append((rhythm.lstrip("-").rjust(bar, "."), contour))
-    pitch = int(centre)
-    for i in range(bars):
-        rhythm, contour = motifs[i % 4 == 2]
-        arch = (0, 2, 5, -1)[i % 4]  # the phrase rises to its third bar and comes home
-        if i % 4 == 3:
-            half = bar // 8 * 4  # a beat
-            rhythm = rhythm[:half] + "x" + "-" * (bar - half - 3) + ".."
-        elif i % 4 == 1:
-            contour = contour * np.where(np.arange(bar) < bar // 2, 1, -1)  # an answer
-        for k, (step, _, length) in enumerate(onsets(rhythm)):
-            tones = chord_at(i * bar + step)[1]
-            # A scale note a semitone above a chord tone grates; the strong notes are chord tones.
-            pool = [s for s in scale if s not in tones and (s - 1) % 12 not in tones]
-            pool = tones if k == 0 or step % 8 == 0 or length > 3 else [*tones, *pool]
-            pool = [p for p in range(low, high + 1) if p % 12 in pool]
-            pool = [p for p in pool if abs(p - centre) < 10]
-            nearest = int(np.argmin([abs(p - (centre + arch if k == 0 else pitch)) for p in pool]))
-            move = 0 if k == 0 else contour[k]
-            move = -move if not 0 <= nearest + move < len(pool) else move
-            pitch = pool[int(np.clip(nearest + move, 0, len(pool) - 1))]
-            length *= mood.length if mood.length < 1 else 1
-            loud = 96 + 8 * (step % 4 == 0)
-            play(part, pitch, i * bar + step, length, loud)
-            if factors["mood"] == "energetic":
-                play(part, pitch - 12, i * bar + step, length, loud - 14)
-    return midi
+    def comping(self, rng):
+        """Voice-led chords, together, strummed or broken."""
+        mood, lead_program = self.mood, self.g.leads[self.factors["lead"]]
+        voices = self.g.comp + ([voice(mood.voice)] if mood.voice else [])
+        for v in voices:
+            programs = [p for p in v.programs if p != lead_program] or v.programs
+            part = self.player(pick(rng, programs), v.level - 3, v.style)
+            own = v is voices[-1] and mood.voice != ""
+            line = fit(pick(rng, v.parts), 16 if own else self.own_bar, self.bar, self.bars)
+            line = line if own else reweave(line, mood.density, self.bar, rng)
+            shift = 0 if own or v.style == "power" else int(mood.register * 0.7)
+            voicing, last, turn = None, None, 0
+            for step, char, length in onsets(line):
+                root, tones = self.chord_at(step)
+                if (root, tones) != last:
+                    upper = tones[1:] if len(tones) > 3 else tones  # the bass has the root
+                    voicing = closest_voicing(upper, v.low + shift, v.high + shift, voicing)
+                    last, turn = (root, tones), 0
+                pitches = voicing
+                if v.style == "power":
+                    bottom = v.low + (root + (int(char) if char.isdigit() else 0) - v.low) % 12
+                    pitches = [bottom, bottom + 7, bottom + 12]
+                elif v.style in ("arp", "octaves"):
+                    ladder = voicing + [voicing[0] + 12]
+                    ladder += ladder[-2:0:-1]
+                    pitches = [ladder[turn % len(ladder)]]
+                    pitches += [pitches[0] + 12] * (v.style == "octaves")
+                elif v.style == "alberti":
+                    pitches = [(voicing * 2)[(0, 2, 1, 2)[turn % 4]]]
+                elif v.style == "strum":
+                    pitches = voicing + [voicing[0] + 12]
+                turn += 1
+                length *= mood.length if length > 1 else 1
+                for i, p in enumerate(pitches):
+                    delay = 0.012 * i if v.style == "strum" else 0.0
+                    self.play(part, p, step, length, 82 + 8 * (step % 8 == 0), delay)
+
+    def lead(self, rng):
+        """Two one-bar motifs in the form A A B A; a motif comes back with its rhythm and contour,
+        on other chords. Strong and long notes are chord tones, the others move along the scale."""
+        mood, bar, energetic = self.mood, self.bar, self.factors["mood"] == "energetic"
+        low, high, sustains, _ = LEADS[self.factors["lead"]]
+        part = self.player(self.g.leads[self.factors["lead"]], 5, "lead")
+        if sustains:
+            part.control_changes.append(pretty_midi.ControlChange(1, 24, 0))
+        centre = np.clip((low + high) / 2 + mood.register, low + 5, high - 5)
+        scale = self.g.scale[self.mode == "minor"]
+        scale = SCALES["phrygian" if self.factors["mood"] == "dark" else scale]
+        scale = [(self.tonic + s) % 12 for s in scale]
+        motifs = []
+        for _ in "AB":
+            rhythm = fit(pick(rng, self.g.line), self.own_bar, bar, 1)
+            rhythm = reweave(rhythm, mood.density, bar, rng)
+            if not motifs and not re.search(r"[^.\-]", rhythm[:4]):
+                rhythm = "x" + rhythm[1:]  # the lead is heard from the first beat on
+            contour = rng.choice([-3, -2, -1, -1, 1, 1, 2, 3], size=bar)
+            motifs.append((rhythm.lstrip("-").rjust(bar, "."), contour))
+        pitch = int(centre)
+        for i in range(self.bars):
+            rhythm, contour = motifs[i % 4 == 2]
+            arch = (0, 2, 5, -1)[i % 4]  # the phrase rises to its third bar and comes home
+            if i % 4 == 3:
+                half = bar // 8 * 4  # a beat
+                rhythm = rhythm[:half] + "x" + "-" * (bar - half - 3) + ".."
+            elif i % 4 == 1:
+                contour = contour * np.where(np.arange(bar) < bar // 2, 1, -1)  # an answer
+            for k, (step, _, length) in enumerate(onsets(rhythm)):
+                tones = self.chord_at(i * bar + step)[1]
+                # A scale note a semitone above a chord tone grates; the strong ones are chord tones
+                pool = [s for s in scale if s not in tones and (s - 1) % 12 not in tones]
+                pool = tones if k == 0 or step % 8 == 0 or length > 3 else [*tones, *pool]
+                pool = [p for p in range(low, high + 1) if p % 12 in pool]
+                pool = [p for p in pool if abs(p - centre) < 10]
+                goal = centre + arch if k == 0 else pitch
+                nearest = int(np.argmin([abs(p - goal) for p in pool]))
+                move = 0 if k == 0 else contour[k]
+                move = -move if not 0 <= nearest + move < len(pool) else move
+                pitch = pool[int(np.clip(nearest + move, 0, len(pool) - 1))]
+                length *= mood.length if mood.length < 1 else 1
+                loud = 96 + 8 * (step % 4 == 0)
+                self.play(part, pitch, i * bar + step, length, loud)
+                if energetic:
+                    self.play(part, pitch - 12, i * bar + step, length, loud - 14)
 
 
 # --------------------------------------------------------------------------------- rendering ----
