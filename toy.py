@@ -817,7 +817,9 @@ def corpus() -> Path:
             raise ValueError(f"no {PACKED}: `git checkout -- toy/{PACKED.name}` restores it")
         temporary = UNPACKED.with_name(f"toy.{os.getpid()}")
         with tarfile.open(PACKED) as tar:
-            tar.extractall(temporary, filter="data")
+            # Debian's Python 3.11.2 has no filters yet, and takes no argument of that name.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(temporary)
         try:
             os.replace(temporary, UNPACKED)
         except OSError:  # another process was quicker
