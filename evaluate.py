@@ -53,7 +53,7 @@ from codec import (
     write_audio,
 )
 from data import Clips
-from judge import FACTORS, heard_in_real_clips, in_time, load_judge, right, same_tempo
+from judge import FACTORS, heard_in_real_clips, in_time, load_judge, right
 from metrics import (
     clap_scores,
     diversity,
@@ -564,15 +564,16 @@ def tempo(args):
     asked = {"GENRE at N bpm": [f"{f['genre']} at {f['tempo']} bpm" for f in factors]}
     asked["GENRE"] = [f["genre"] for f in factors]
 
-    def cells(heard, kind):
-        found = {"genre": right(heard.logits, factors)["genre"]}
+    def cells(heard, kind="GENRE at N bpm"):
+        verdicts = right(heard.logits, factors)
+        found = {"genre": verdicts["genre"]}
         if kind != "GENRE":
             said = [FACTORS["tempo"][i] for i in heard.logits["tempo"].argmax(1)]
-            for column, same in (("tempo within 4%", same_tempo), ("half, double too", in_time)):
-                found[column] = np.array([same(f["tempo"], s) for f, s in zip(factors, said)])
+            twice = [in_time(f["tempo"], one) for f, one in zip(factors, said)]
+            found |= {"tempo within 4%": verdicts["tempo"], "half, double too": np.array(twice)}
         return {k: (v.mean(), interval(v.astype(float)), len(v)) for k, v in found.items()}
 
-    rows = [("real clips", cells(heard_in_real_clips().of(pure), "real"))]
+    rows = [("real clips", cells(heard_in_real_clips().of(pure)))]
     for system in args.systems or [shipped()]:
         for kind, prompts in asked.items():
             title = f"{system}, {kind}"

@@ -264,9 +264,9 @@ def same_tempo(asked, heard, tolerance=0.04):
     return abs(heard - asked) <= tolerance * asked
 
 
-def in_time(asked, heard, tolerance=0.04):
+def in_time(asked, heard):
     """The same tempo, or its double or its half: what the foot takes for the beat is a choice."""
-    return any(same_tempo(m * asked, heard, tolerance) for m in (0.5, 1, 2))
+    return any(same_tempo(m * asked, heard) for m in (0.5, 1, 2))
 
 
 def right(logits, factors) -> dict:

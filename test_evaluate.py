@@ -472,8 +472,7 @@ def test_the_whole_way_on_a_few_prompts(tmp_path, monkeypatch):
     assert len(json.dumps(lines)) > 500
 
 
-def test_who_plays_what_was_asked_is_told_from_who_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "RESULTS", tmp_path)
+def test_who_plays_what_was_asked_is_told_from_who_does_not(monkeypatch):
     prompts, rows = [], []
     monkeypatch.setattr(evaluate, "report", lambda name, title, found, about: rows.extend(found))
     real = judge.heard_in_real_clips()
