@@ -564,10 +564,10 @@ def tempo(args):
     asked = {"GENRE at N bpm": [f"{f['genre']} at {f['tempo']} bpm" for f in factors]}
     asked["GENRE"] = [f["genre"] for f in factors]
 
-    def cells(heard, kind="GENRE at N bpm"):
+    def cells(heard, numbered=True):
         verdicts = right(heard.logits, factors)
         found = {"genre": verdicts["genre"]}
-        if kind != "GENRE":
+        if numbered:
             said = [FACTORS["tempo"][i] for i in heard.logits["tempo"].argmax(1)]
             twice = [in_time(f["tempo"], one) for f, one in zip(factors, said)]
             found |= {"tempo within 4%": verdicts["tempo"], "half, double too": np.array(twice)}
@@ -578,7 +578,7 @@ def tempo(args):
         for kind, prompts in asked.items():
             title = f"{system}, {kind}"
             files, _ = music(system, prompts, 10.0, title)
-            rows.append((title, cells(hear(ruler, files, title), kind)))
+            rows.append((title, cells(hear(ruler, files, title), kind != "GENRE")))
     about = f"Genre and bpm of {len(pure)} held-out clips that are no mixtures; {ruler.settings}."
     report("tempo", "Does the beat follow the number?", rows, about)
 
