@@ -348,8 +348,9 @@ KNOWN, AHEAD = 1 / 8, 1 / 16
 
 @torch.inference_mode()
 def refine(
-    refiner, encoder, codec, prompt, pieces, seed, *, heard=None, steps=25, guidance=2.0
-) -> Iterator[Tensor]:
+    refiner, encoder, codec, prompt, pieces, seed, *,
+    heard=None, steps=25, guidance=2.0, sketch_guidance=2.0,
+) -> Iterator[Tensor]:  # fmt: skip
     """Pieces (1, l) of first-codebook codes, cut anywhere -> pieces (K, l) of all codebooks, whose
     first row is what was given. As many frames come out as went in.
 
@@ -359,14 +360,21 @@ def refine(
     the others go on from them, as an inpainted picture from its frame. In the same way all of it
     goes on from `heard` (K, T), which is not yielded.
 
-    guidance: v = u + guidance (c - u), u being what is told with no text and no sketch; by 1, the
-    prediction as it is, what is made comes out a little too calm. steps: see `denoise`. The same
-    codes, prompt and seed give the same codes, to the last bit.
+    Guidance, of the text and of the sketch apart, as InstructPix2Pix has it (arXiv 2211.09800, eq.
+    3): v = u + sketch_guidance (s - u) + guidance (c - s), u being what is told with neither, s
+    with the sketch alone, c with both. By 1 and 1, the prediction as it is, what is made comes out
+    a little too calm. steps: see `denoise`. The same codes, prompt and seed give the same codes,
+    to the last bit.
     """
     device, window = refiner.out.weight.device, refiner.config.window
     windows = 0  # that are painted; each has noise of its own
     known, ahead = int(KNOWN * window), int(AHEAD * window)
-    text = encoder.pooled([prompt, ""])
+    # The formula, sorted by c, s and u; what is counted 0 times is not computed.
+    weights = torch.tensor([guidance, sketch_guidance - guidance, 1 - sketch_guidance])
+    rows = weights.nonzero()[:, 0]
+    text = encoder.pooled([prompt, "", ""])[rows]
+    sketched = torch.tensor([True, True, False])[rows].to(device)
+    weights = weights[rows, None, None].to(device)
     # The codes of the frames in the window: the coarse so far, the fine of the finished ones.
     heard = torch.empty(refiner.config.codebooks, 0, dtype=torch.long) if heard is None else heard
     coarse, fine = heard[:1, -known:], heard[1:, -known:]
@@ -376,13 +384,12 @@ def refine(
         given = torch.cat([coarse[:, : fine.shape[1]], fine])[None].to(device)
         finished, _ = refiner.signal(codec, given)
         _, sketch = refiner.signal(codec, coarse[None].to(device))
-        halves = torch.tensor([True, False], device=device)[: 1 if guidance == 1 else 2]
-        for_all = lambda v: v.expand(len(halves), -1, -1)
+        for_all = lambda v: v.expand(len(rows), -1, -1)
 
         def predict(x, t):
-            t = torch.full((len(halves),), t, device=device)
-            v = refiner(for_all(x), t, for_all(sketch), text[: len(halves)], halves)
-            return v[:1] if guidance == 1 else v[1:] + guidance * (v[:1] - v[1:])
+            t = torch.full((len(rows),), t, device=device)
+            v = refiner(for_all(x), t, for_all(sketch), text, sketched)
+            return (weights * v).sum(0, keepdim=True)
 
         noise = torch.randn(1, len(refiner.limit), coarse.shape[1], generator=generator).to(device)
         x0 = denoise(predict, noise, refiner.schedule, steps, generator, finished, refiner.limit)

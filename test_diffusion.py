@@ -262,10 +262,10 @@ def test_it_learns():
 # Refining
 
 
-def run(refiner, encoder, given, seed=0, cut=100, **options):
+def run(refiner, encoder, given, seed=0, cut=100, prompt="a waltz", **options):
     pieces = list(given[:1].split(cut, dim=1))
     options = dict(steps=3) | options
-    return torch.cat([*refine(refiner, encoder, CODEC, "a waltz", pieces, seed, **options)], 1)
+    return torch.cat([*refine(refiner, encoder, CODEC, prompt, pieces, seed, **options)], 1)
 
 
 @pytest.fixture
@@ -304,16 +304,39 @@ def test_a_window_goes_on_from_the_one_before_and_from_what_was_heard(monkeypatc
 
 def test_guidance_of_one_is_the_conditional_and_of_zero_the_unconditional():
     refiner, encoder = small()
-    given = codes(40)
-    said = run(refiner, encoder, given, guidance=1)
-    assert (said != run(refiner, encoder, given, guidance=3)).any()
-    # Of zero: another sketch and another text change nothing but the first row.
-    unsaid = run(refiner, encoder, given, guidance=0)
-    assert (unsaid[1:] == run(refiner, encoder, codes(40, seed=5), guidance=0)[1:]).all()
+    given, other = codes(40), codes(40, seed=5)
+    play = lambda codes, text, sketch, prompt="a waltz": run(
+        refiner, encoder, codes, prompt=prompt, guidance=text, sketch_guidance=sketch
+    )
+    said = play(given, 1, 1)
+    assert (said != play(given, 3, 1)).any() and (said != play(given, 1, 3)).any()
+    # Text of zero: another changes nothing. Sketch of zero as well: nothing but the first row.
+    assert (play(given, 0, 1) == play(given, 0, 1, prompt="techno")).all()
+    assert (play(given, 0, 1)[1:] != play(other, 0, 1)[1:]).any()
+    unsaid = play(given, 0, 0)
+    assert (unsaid[1:] == play(other, 0, 0)[1:]).all()
     assert (unsaid[1:] != said[1:]).any()
-    # Of one, by the general formula: u + 1 (c - u).
-    nearly = run(refiner, encoder, given, guidance=1 + 1e-6)
-    assert (nearly == said).float().mean() > 0.999
+    # Of one, by the general formula: u + 1 (s - u) + 1 (c - s).
+    assert (play(given, 1 + 1e-6, 1 - 1e-6) == said).float().mean() > 0.999
+
+
+def test_guidance_is_the_formula(monkeypatch):
+    refiner, encoder = small()
+    given, seen = codes(40), {}
+
+    def look(predict, x, schedule, steps, generator, known, limit):
+        seen["x"], seen["v"] = x, predict(x, 60)
+        return x
+
+    monkeypatch.setattr(diffusion, "denoise", look)
+    run(refiner, encoder, given, guidance=5.0, sketch_guidance=1.5)
+    t, sketch = torch.tensor([60]), refiner.signal(CODEC, given[None, :1])[1]
+    with torch.inference_mode():
+        c, s, u = (
+            refiner(seen["x"], t, sketch, encoder.pooled([text]), torch.tensor([drawn]))
+            for text, drawn in (("a waltz", True), ("", True), ("", False))
+        )
+    torch.testing.assert_close(seen["v"], u + 1.5 * (s - u) + 5.0 * (c - s), atol=1e-4, rtol=1e-4)
 
 
 def test_a_checkpoint_comes_back_the_same_and_another_model_is_told_apart(tmp_path):

@@ -977,7 +977,8 @@ def ship(args):
     config = read_config(args.checkpoint)
     kept = {k: config[k] for k in ("train", "step", "best", "codec")}
     if is_refiner(config):
-        load, folder, options = load_refiner, ROOT / "toy" / "refiner", ("steps", "guidance")
+        load, folder = load_refiner, ROOT / "toy" / "refiner"
+        options = ("steps", "guidance", "sketch_guidance")
     else:
         load, folder = load_checkpoint, ROOT / "toy" / "lm"
         options = ("guidance", "temperature", "top_k", "top_p")
@@ -1017,6 +1018,7 @@ def main():
         c.add_argument(f"--{option}", type=float, help="[as sample.py has it]")
     c.add_argument("--top-k", type=int, help="[as sample.py has it]")
     c.add_argument("--steps", type=int, help="of a refiner [as sample.py has it]")
+    c.add_argument("--sketch-guidance", type=float, help="of a refiner [as `refine` has it]")
     c.set_defaults(run=ship)
     args = parser.parse_args()
     args.run(args)
