@@ -37,6 +37,16 @@ def test_factors_are_balanced_and_possible():
         assert f["lead"] in toy.GENRES[f["genre"]].leads
 
 
+def test_a_corpus_may_have_more_mixtures_or_none(monkeypatch):
+    for share in (0.0, 0.4, 0.95):
+        mixed = [toy.sample_clip(i, mixtures=share)[0]["rhythm"] is not None for i in range(2000)]
+        assert np.mean(mixed) == pytest.approx(share, abs=0.03)
+    for share, why in (("1", "at most 0.95"), ("0.4", "do not ship")):
+        monkeypatch.setattr("sys.argv", ["toy.py", "build", "--corpus-only", "--mixtures", share])
+        with pytest.raises(ValueError, match=why):
+            toy.main()
+
+
 def test_every_genre_and_mood_plays_from_the_first_moment():
     for i, genre in enumerate(toy.GENRES):
         for mood in toy.MOODS:

@@ -32,6 +32,7 @@ import tarfile
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,11 +197,11 @@ def pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
-def sample_factors(rng: np.random.Generator) -> dict:
+def sample_factors(rng: np.random.Generator, mixtures: float = MIXTURES) -> dict:
     """Draw a clip: genre and tonic uniform, the rest plausible for that genre."""
     genre, rhythm = pick(rng, list(GENRES)), None
     # A waltz is its rhythm: in four beats nothing of it would be left.
-    if rng.random() < MIXTURES * len(GENRES) / (len(GENRES) - 1) and genre != "waltz":
+    if rng.random() < mixtures * len(GENRES) / (len(GENRES) - 1) and genre != "waltz":
         rhythm = pick(rng, [name for name, g in GENRES.items() if g.drums and name != genre])
     g, mood = GENRES[genre], pick(rng, list(MOODS))
     tempos, (slowest, fastest) = GENRES[rhythm or genre].tempo, MOODS[mood].tempo
@@ -211,10 +212,10 @@ def sample_factors(rng: np.random.Generator) -> dict:
     return dict(genre=genre, rhythm=rhythm, tempo=pick(rng, tempos), key=key, lead=lead, mood=mood)
 
 
-def sample_clip(index: int, split_seed: int = 0) -> tuple[dict, int]:
+def sample_clip(index: int, split_seed: int = 0, mixtures=MIXTURES) -> tuple[dict, int]:
     """Clip `index` of a split -> its factors and the seed that composes it."""
     rng = np.random.default_rng([split_seed, index])
-    return sample_factors(rng), int(rng.integers(2**31))
+    return sample_factors(rng, mixtures), int(rng.integers(2**31))
 
 
 # --------------------------------------------------------------------------------- composing ----
@@ -827,14 +828,15 @@ def corpus() -> Path:
     return UNPACKED
 
 
-def play_clips(indices, split_seed=0, seconds=SECONDS) -> list[np.ndarray]:
-    return render_many([compose(*sample_clip(i, split_seed), seconds) for i in indices], seconds)
+def play_clips(indices, split_seed=0, seconds=SECONDS, mixtures=MIXTURES) -> list[np.ndarray]:
+    clips = [sample_clip(i, split_seed, mixtures) for i in indices]
+    return render_many([compose(*clip, seconds) for clip in clips], seconds)
 
 
-def play_and_encode(indices, seconds) -> np.ndarray:
+def play_and_encode(indices, seconds, mixtures) -> np.ndarray:
     """Clips of these indices as codes (clips, 9, T), in a process of its own."""
     torch.set_num_threads(1)
-    audio = torch.from_numpy(np.stack(play_clips(indices, seconds=seconds)))
+    audio = torch.from_numpy(np.stack(play_clips(indices, seconds=seconds, mixtures=mixtures)))
     return load_codec("toy").encode(audio).numpy().astype(np.uint16)
 
 
@@ -910,18 +912,23 @@ def train_text_encoder(steps: int = 1000, batch: int = 64, lr: float = 3e-3):
     save_file(weights, TEXT)
 
 
-def write_corpus(folder: Path, clips: int, full: int, seconds: float, workers: int):
+def write_corpus(
+    folder: Path, clips: int, full: int, seconds: float, mixtures: float, workers: int
+):
     """Renders and encodes clips 0 ... `clips` - 1 into a data folder: all nine codebooks of the
     first `full` clips, the first codebook alone of the others. Goes on where it was stopped."""
     writer = Writer(folder, load_codec("toy"))
     todo = range(len(writer.rows()), clips)
     parts = [todo[i : i + AT_ONCE] for i in range(0, len(todo), AT_ONCE)]
     with ProcessPoolExecutor(workers) as pool:
-        made = pool.map(play_and_encode, parts, [seconds] * len(parts))
+        made = pool.map(partial(play_and_encode, seconds=seconds, mixtures=mixtures), parts)
         encoded = tqdm(made, "corpus", len(parts), unit_scale=AT_ONCE)
         for part, codes in zip(parts, encoded):
             rows = [
-                dict(split="train" if i % VALID else "valid", factors=sample_clip(i)[0])
+                dict(
+                    split="train" if i % VALID else "valid",
+                    factors=sample_clip(i, mixtures=mixtures)[0],
+                )
                 for i in part
             ]
             writer.add([(c if i < full else c[:1], row) for i, c, row in zip(part, codes, rows)])
@@ -929,15 +936,16 @@ def write_corpus(folder: Path, clips: int, full: int, seconds: float, workers: i
 
 def build(args):
     """Makes the toy world from scratch: codec, tokenizer, text encoder, corpus."""
-    if args.seconds != SECONDS and Path(args.out).resolve() == UNPACKED.resolve():
-        raise ValueError(
-            f"clips of {args.seconds:g} s are not what ships: give another folder as --out"
-        )
+    if not 0 <= args.mixtures <= 0.95:  # waltzes, which never mix, are one in twenty
+        raise ValueError(f"--mixtures is a share, of at most 0.95, not {args.mixtures:g}")
+    other = (args.seconds, args.mixtures) != (SECONDS, MIXTURES)
+    if other and Path(args.out).resolve() == UNPACKED.resolve():
+        raise ValueError("clips of other lengths or mixtures do not ship: give an --out of its own")
     if not args.corpus_only:
         fit_codec(args.codec_clips, args.workers)
         train_tokenizer()
         train_text_encoder()
-    write_corpus(Path(args.out), args.clips, args.full, args.seconds, args.workers)
+    write_corpus(Path(args.out), args.clips, args.full, args.seconds, args.mixtures, args.workers)
     if Path(args.out).resolve() == UNPACKED.resolve():
         # lp=1: the codes are pairs of bytes, and their high bytes resemble each other.
         filters = [dict(id=lzma.FILTER_LZMA2, preset=9, lp=1, lc=3, pb=1)]
@@ -1008,6 +1016,9 @@ def main():
         "--codec-clips", type=int, default=320, help="clips the codec is fitted to [320]"
     )
     c.add_argument("--seconds", type=float, default=SECONDS, help="of a corpus' clip [10]")
+    c.add_argument(
+        "--mixtures", type=float, default=MIXTURES, help=f"share of mixed genres [{MIXTURES}]"
+    )
     c.add_argument("--corpus-only", action="store_true", help="keep all but the corpus")
     c.add_argument("--out", default=str(UNPACKED), help="data folder; the default is packed, too")
     c.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
