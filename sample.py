@@ -10,8 +10,8 @@ Music of any length is made in constant memory and written while it is made; a f
 its name when it is finished. The same prompt and seed give the same audio, byte for byte, whatever
 else is made beside it.
 
-How strictly, how adventurously and in how many steps, a checkpoint may say itself (`toy.py ship`); of
-one that does not, the defaults in brackets hold.
+A checkpoint may say itself how it is best sampled (`toy.py ship`); the defaults in brackets hold
+for one that does not.
 """
 
 import argparse
