@@ -87,8 +87,9 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
         y_i = sum_{j <= i} exp(a_i - a_j) (C_i . B_j) (dt_j x_j)   +   exp(a_i) S_in C_i
 
     with a = cumsum(dt A) inside the chunk and S_in the state that enters it. The first term looks
-    like attention without a softmax; the second is how the past arrives. L/Q chunks, each of about
-    Q^2 P + 2 Q P N multiply-adds a head, are linear in L. (SSD paper, sec. 6 and listing 1)
+    like attention without a softmax; the second is how the past arrives. Each of the L/Q
+    chunks costs Q^2 P + Q^2 N / H + 2 Q P N + P N multiply-adds a head: linear in L. (SSD paper,
+    sec. 6 and listing 1)
 
     Any L: the last chunk is filled up with dt = 0, at which the state neither fades nor takes in.
     """
@@ -393,14 +394,14 @@ class LMConfig:
     headdim: int = 64  # P, rows of each head's state
     expand: int = 2  # Mamba-2 works on expand * D channels, in expand * D / P heads
     d_conv: int = 4  # taps of Mamba-2's convolution
-    init: str = "mamba2"  # how an SSD starts: as its authors', or memory: as running means
+    init: str = "mamba2"  # how an SSD starts: as its authors have it, or memory: a running mean
     chunk: int = 256  # Q, frames in a chunk of the SSD: changes speed and memory, not the result
     ff_mult: int = 2  # hidden width of the feed-forward layer, in units of D
     attention_heads: int = 8  # heads of self- and cross-attention
     mixer: str = "ff"  # ff, or einfft: the channel mixer of simba and cross-simba
     d_text: int = 768  # width of the text encoder's output
     dropout: float = 0.3  # after every layer and inside the feed-forward
-    codebook_size: int = 1024  # codes; the id codebook_size is begin, "not yet" and nothing else
+    codebook_size: int = 1024  # codes; the id codebook_size is the special token: begin, "not yet"
     clock: str = "text"  # where positions count from: text, music, or beat: music, and see `_beats`
     trained_frames: int = 2584  # positions beyond this hold the last one (see `_positions`)
 
@@ -463,7 +464,7 @@ class LMState(NamedTuple):
     """All that the model remembers of what it read."""
 
     blocks: list  # for each block, for each layer: MambaState, KVCache, TextCache or Empty
-    position: Tensor  # (B,), positions read so far; padding does not count
+    position: Tensor  # (B,), of the next frame, see LMConfig.clock; padding does not count
     tempo: Tensor  # (B,), bpm that the text names, 0 where it names none
 
 
