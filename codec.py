@@ -96,13 +96,12 @@ def band_power(audio, filters):
     return torch.cat([power(stft(f)) @ filters.T for f in frames(audio).split(128, dim=1)], 1)
 
 
-def mel_spectrogram(audio, n_mels=128, relative=True):
+def mel_spectrogram(audio, n_mels=128):
     """audio (B, S) -> (B, n_mels, T) in dB: mean power in each of `n_mels` triangles on the mel
-    scale from 0 to 22050 Hz, Hann window of 2048, hop 512, 0 dB a full-scale sine, -100 dB silence.
-    `relative` clamps each clip at 80 dB below its maximum."""
+    scale from 0 to 22050 Hz, Hann window of 2048, hop 512; 0 dB: a full-scale sine, -100:
+    silence."""
     power = band_power(audio, filterbank(n_mels, 700.0, 0.0, SAMPLE_RATE / 2).to(audio.device))
-    mel = 10 * power.clamp(min=1e-10).log10().transpose(1, 2)
-    return mel.maximum(mel.amax((1, 2), keepdim=True) - 80) if relative else mel
+    return 10 * power.clamp(min=1e-10).log10().transpose(1, 2)
 
 
 def mel_distance(reference, audio):
@@ -110,7 +109,7 @@ def mel_distance(reference, audio):
     shorter one; both are clamped at 80 dB below the maximum of the *reference* clip, so a wrong
     loudness counts, and what is inaudible beside the music does not."""
     length = min(reference.shape[-1], audio.shape[-1])
-    a, b = (mel_spectrogram(x[..., :length], relative=False) for x in (reference, audio))
+    a, b = (mel_spectrogram(x[..., :length]) for x in (reference, audio))
     floor = a.amax((1, 2), keepdim=True) - 80
     return float((a.maximum(floor) - b.maximum(floor)).abs().mean())
 
@@ -134,7 +133,7 @@ class Picture:
         step = HOP * self.pool
         whole = len(audio) // step * step
         if whole >= N_FFT:
-            mel = mel_spectrogram(audio[None, :whole], relative=False)[0]  # (128, whole / 512)
+            mel = mel_spectrogram(audio[None, :whole])[0]  # (128, whole / 512)
             columns = mel.unflatten(1, (-1, self.pool)).mean(2)
             self.mel[:, self.columns : self.columns + columns.shape[1]] = columns
             self.columns += columns.shape[1]
@@ -154,7 +153,7 @@ class Picture:
             mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(mel)),
             vmin=mel.max() - 80,
         )  # fmt: skip
-        axis.set(title=title, xlabel="seconds", ylabel="mel band")
+        axis.set(title=title.replace("$", r"\$"), xlabel="seconds", ylabel="mel band")
         figure.colorbar(image, label="dB")
         figure.tight_layout()
         figure.savefig(path, dpi=110)
@@ -614,19 +613,25 @@ def resampled(blocks, rate):
 
 def write_audio(path, audio):
     """audio (S,) or (1, S) -> a mono .wav, .flac or .ogg file that appears once it is complete."""
-    import soundfile
-
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
     audio = np.clip(np.asarray(audio, dtype=np.float32).reshape(-1), -1, 1)
+    seconds = range(0, len(audio), SAMPLE_RATE)  # one large write fails in Vorbis
+    write_stream(path, (audio[start : start + SAMPLE_RATE] for start in seconds))
+
+
+def write_stream(path, chunks):
+    """The same from chunks (samples,), written as they come."""
+    import soundfile
+
     kind = FORMATS[path.suffix.lower()]
     with (
         under_another_name(path) as part,
         soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, format=kind) as file,
     ):
-        for start in range(0, len(audio), SAMPLE_RATE):  # one large write fails in Vorbis
-            file.write(audio[start : start + SAMPLE_RATE])
+        for chunk in chunks:
+            file.write(np.asarray(chunk))
 
 
 @contextmanager

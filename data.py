@@ -55,7 +55,14 @@ import torch
 from tqdm import tqdm
 
 import captions
-from codec import SAMPLE_RATE, Picture, audio_blocks, load_codec, write_audio
+from codec import (
+    SAMPLE_RATE,
+    Picture,
+    audio_blocks,
+    load_codec,
+    under_another_name,
+    write_audio,
+)
 from model import add_arguments, entry
 from sources import VOCAL, Options, folder_tracks, jamendo_tracks, musiccaps_tracks
 
@@ -202,7 +209,8 @@ class Stages:
         self.caption = self.rephrase = None
         untold = any("caption" not in track.about and not track.reason for track in tracks)
         if untold and options.captioner != "none":
-            self.caption = captions.LPMusicCaps(options.captioner)
+            here = "cuda" if torch.cuda.is_available() else "cpu"
+            self.caption = captions.LPMusicCaps(options.captioner).to(here)
             if options.rephraser != "none":
                 self.rephrase = captions.Rephraser(options.rephraser)
 
@@ -317,7 +325,7 @@ def process(track, part, stages, options):
             file.truncate()
         if not rows:
             reasons = sorted({clip["reason"] for clip in dropped})
-            reason = reason or (reasons[0] if len(reasons) == 1 else "; ".join(reasons))
+            reason = reason or "; ".join(reasons)
             dropped = [dict(path=track.path, reason=reason)]
         _end_part(file, rows, dropped)
     os.replace(temporary, part)
@@ -452,9 +460,8 @@ def lock_rank(parts, rank):
 
 
 def write_json(path, value):
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    with under_another_name(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def work(todo, options, workers):
@@ -669,7 +676,7 @@ def show(folder, n, out, seed):
         for _ in picture.watch([audio]):
             pass
         title = words if len(words) < 100 else words[:97] + "..."
-        picture.save(path.with_suffix(".png"), title.replace("$", r"\$"), codec.sample_rate)
+        picture.save(path.with_suffix(".png"), title, codec.sample_rate)
 
 
 # -------------------------------------------------------------------------- the command line ----

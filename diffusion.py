@@ -235,9 +235,9 @@ class RefinerConfig:
     def __post_init__(self):
         if self.backbone not in MIXERS:
             raise ValueError(f"unknown backbone {self.backbone!r}: choose {' or '.join(MIXERS)}")
-        if self.backbone == "ssd" and self.expand * self.d_model % self.headdim:
+        if self.headdim < 1 or self.backbone == "ssd" and self.expand * self.d_model % self.headdim:
             raise ValueError(f"headdim {self.headdim} must divide {self.expand * self.d_model}")
-        if self.d_model % self.attention_heads:
+        if self.attention_heads < 1 or self.d_model % self.attention_heads:
             raise ValueError(f"{self.attention_heads} attention heads must divide {self.d_model}")
         if self.d_conv % 2 == 0:
             raise ValueError(f"d_conv must be odd, to have a middle, not {self.d_conv}")

@@ -158,11 +158,11 @@ def musicgen(name, prompts, seconds, seeds):
 
 
 def fingerprint(system):
-    """A name for the weights and settings of a checkpoint, and of the second stage that refines
-    it, that changes when they do."""
+    """A name for the weights and settings of a checkpoint, of the second stage that refines it, and
+    for the code that plays both, that changes when they do."""
     first, second = stages(system)
     read_config(first)  # or says what is missing
-    parts = []
+    parts = [toy.ROOT / f"{name}.py" for name in ("model", "diffusion", "codec")]
     for stage in (Path(first), Path(second or newest_checkpoint(refiner=True))):
         parts += [stage / "config.json", stage / "model.safetensors"] if stage.is_dir() else [stage]
     return hashlib.sha1(b"".join(p.read_bytes() for p in parts if p.exists())).hexdigest()
@@ -593,7 +593,7 @@ def figure3(args):
         name, folder = named(system)[0], Path(stages(system)[0])
         if (folder / "config.json").exists():
             name += f", step {step_of(system):,}"
-        mel = mel_spectrogram(read_audio(file), relative=False)[0]
+        mel = mel_spectrogram(read_audio(file))[0]
         clips[f"{name} ({folder.name})"] = mel
     title = figures.JAZZ_REGGAE.split(".")[0] + " ..."
     figures.spectrograms(RESULTS / "figure3", clips, title)
@@ -656,6 +656,8 @@ def parse_arguments(argv=None):
         raise ValueError(f"--seeds must be at least 1, not {args.seeds}")
     if bool(args.musiccaps) != bool(args.clips):
         raise ValueError("--musiccaps CSV and --clips FOLDER belong together")
+    if not args.musiccaps and (args.seconds != 10 or args.clap or args.kl_average != "clips"):
+        raise ValueError("--seconds, --clap and --kl-average go with --musiccaps")
     if args.count is not None and args.count < 2:
         raise ValueError(f"--count must be at least 2, not {args.count}")
     if not args.seconds > 0:

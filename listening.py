@@ -99,8 +99,11 @@ def tally(folder, key=None):
         )
     codes = {}
     for path in keys:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        codes |= {(known["id"], code): clip["system"] for code, clip in known["clips"].items()}
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            codes |= {(known["id"], code): clip["system"] for code, clip in known["clips"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not the key of a page ({error!r})") from None
     marks, listeners = {}, set()
     for path in answers:
         try:

@@ -416,9 +416,11 @@ class LMConfig:
             raise ValueError(f"unknown clock {self.clock!r}: choose text, music or beat")
         if self.mixer == "einfft" and self.variant not in ("simba", "cross-simba"):
             raise ValueError(f"--mixer einfft goes with simba and cross-simba, not {self.variant}")
-        if self.expand * self.d_model % self.headdim:
+        if self.d_conv < 2:
+            raise ValueError(f"d_conv must be at least 2, not {self.d_conv}")
+        if self.headdim < 1 or self.expand * self.d_model % self.headdim:
             raise ValueError(f"headdim {self.headdim} must divide {self.expand * self.d_model}")
-        if self.d_model % self.attention_heads:
+        if self.attention_heads < 1 or self.d_model % self.attention_heads:
             raise ValueError(f"{self.attention_heads} attention heads must divide {self.d_model}")
 
     @property

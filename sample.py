@@ -15,6 +15,7 @@ for one that does not.
 """
 
 import argparse
+import copy
 import itertools
 import os
 import re
@@ -29,14 +30,13 @@ import torch
 from tqdm import tqdm
 
 import ssd_kernel
-from codec import Picture, decode_stream, load_codec, read_audio, under_another_name
+from codec import FORMATS, Picture, decode_stream, load_codec, read_audio, write_stream
 from diffusion import is_refiner, load_refiner, refine
 from model import entry, generate, load_checkpoint, load_text_encoder, prepared, read_config
 
 ROOT = Path(__file__).parent
 SHIPPED, SHIPPED_REFINER = ROOT / "toy" / "lm", ROOT / "toy" / "refiner"
 SHOWCASE = ["jazz reggae", "a slow calm piano waltz"]
-FORMATS = (".wav", ".flac", ".ogg")
 PLAYERS = (
     ["aplay", "-q", "-f", "S16_LE", "-c", "1", "-r"],
     ["play", "-q", "-t", "raw", "-e", "signed", "-b", "16", "-c", "1", "-", "-r"],
@@ -63,6 +63,9 @@ def main(argv=None):
             say(f"the prompt is cut to its first {encoder.max_tokens} tokens: {prompt[:60]}...")
 
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
+    if live := args.stream or args.play:
+        jobs = jobs[:1]
+    paths = [] if live else output_paths(args, jobs)
     frames = max(1, round(args.seconds * codec.sample_rate / codec.hop))
     heard = known = None
     if args.continue_file:
@@ -86,7 +89,7 @@ def main(argv=None):
     bar = tqdm(blocks, total=-(-frames // 64), unit="block", disable=None, leave=False)
     if heard is not None:
         frames += heard.shape[2]
-    if args.stream or args.play:
+    if live:
         play(audio(*jobs[0], (block[0] for block in bar)), codec.sample_rate, args.stream)
         return
     if len(jobs) == 1:  # decoded and written while it is made
@@ -94,9 +97,9 @@ def main(argv=None):
     else:  # codes are small: all of them first, as uint16, then one file after the other
         codes = np.concatenate([block.numpy().astype(np.uint16) for block in bar], 2)
         sources = [[torch.from_numpy(one.astype(np.int64))] for one in codes]
-    for (prompt, seed), path, source in zip(jobs, output_paths(args, jobs), sources):
+    for (prompt, seed), path, source in zip(jobs, paths, sources):
         picture = Picture(frames * codec.hop)
-        write_stream(path, picture.watch(audio(prompt, seed, source)), codec.sample_rate)
+        write_stream(path, picture.watch(audio(prompt, seed, source)))
         picture.save(path.with_suffix(".png"), f"{prompt} (seed {seed})", codec.sample_rate)
         say(f"{path} and {path.with_suffix('.png').name}")
     seconds, took = len(jobs) * frames * codec.hop / codec.sample_rate, time.time() - started
@@ -118,11 +121,13 @@ class System:
         if self.second:
             self.refiner = load_refiner(self.second).to(device)
             self.its_encoder = load_text_encoder(self.second).to(device)
+            self.its_codec = copy.deepcopy(self.codec).to(device)  # the other one decodes
             self.refining = read_config(self.second).get("sampling", {})
 
     def refine(self, prompt, pieces, seed, **options):
         """First-codebook codes, (1, l) at a time -> those of all codebooks (see `diffusion`)."""
-        return refine(self.refiner, self.its_encoder, self.codec, prompt, pieces, seed, **options)
+        parts = self.refiner, self.its_encoder, self.its_codec
+        return refine(*parts, prompt, pieces, seed, **options)
 
 
 def parse_arguments(argv):
@@ -153,8 +158,9 @@ def parse_arguments(argv):
     for name, low in positive.items():
         if (value := getattr(args, name)) is not None and not value > low:
             raise ValueError(f"--{name.replace('_', '-')} must be greater than {low}, not {value}")
-    if args.guidance is not None and not np.isfinite(args.guidance):
-        raise ValueError(f"--guidance must be a number, not {args.guidance}")
+    for name in ("seconds", "guidance"):
+        if (value := getattr(args, name)) is not None and not np.isfinite(value):
+            raise ValueError(f"--{name} must be a finite number, not {value}")
     return args
 
 
@@ -219,19 +225,6 @@ def output_paths(args, jobs):
     for name in names:
         name.parent.mkdir(parents=True, exist_ok=True)
     return names
-
-
-def write_stream(path, chunks, sample_rate):
-    """Writes audio chunks (samples,) under a temporary name, renamed when the last is in."""
-    import soundfile
-
-    kind = path.suffix[1:].upper()
-    with (
-        under_another_name(path) as part,
-        soundfile.SoundFile(part, "w", sample_rate, 1, format=kind) as file,
-    ):
-        for chunk in chunks:
-            file.write(chunk.numpy())
 
 
 def play(chunks, sample_rate, to_stdout):

@@ -41,7 +41,7 @@ class Options:
     keep_silence: bool = False  # keep clips that are silent for more than half of their length
     one_clip: bool = False  # one random clip of each track, not all
     licence: str = "unknown"  # of the music, where the source does not say
-    seed: int = 0  # of the clips that --one-clip picks
+    seed: int = 0  # of the choices of --one-clip and --choose
 
 
 class Track(NamedTuple):

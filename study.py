@@ -524,6 +524,8 @@ def provenance():
 
 def one_run(argv):
     """train.py without the samples at its end."""
+    if not argv:
+        raise ValueError("the study is `python evaluate.py study`; this makes one of its runs")
     model_config, config, run, _ = train.parse_arguments(argv)
     train.train(model_config, config, run, *train.join_processes(config))
 

@@ -439,6 +439,7 @@ def test_a_report_is_markdown_and_csv(tmp_path, monkeypatch, capsys):
         (["--count", "1"], "--count must be at least 2"),
         (["--musiccaps", "x.csv"], "belong together"),
         (["--seeds", "2"], "go with `evaluate.py study`"),
+        (["--seconds", "30"], "go with --musiccaps"),
         (["study", "--seeds", "0"], "--seeds must be at least 1"),
         (["table1"], "table1 needs checkpoints"),
         (["figure3"], "figure3 needs"),

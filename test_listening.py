@@ -69,6 +69,8 @@ def test_marks_are_counted_by_system(page, tmp_path):
     (folder / "c.json").write_text(json.dumps(dict(test=key["id"], answers=[])))
     with pytest.raises(ValueError, match="c.json is not an answer"):
         listening.tally(folder, page.with_suffix(".key.json"))
+    with pytest.raises(ValueError, match="c.json is not the key of a page"):
+        listening.tally(folder, folder / "c.json")
 
 
 def test_bad_folders_get_one_sentence(tmp_path):

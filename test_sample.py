@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import sample
 from model import entry
@@ -89,7 +90,9 @@ def test_streaming_gives_the_audio_of_the_file(tmp_path):
         (["jazz", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
         (["jazz", "--checkpoint", "model.ckpt"], "no checkpoint at model.ckpt"),
         (["jazz", "--out", "x.mp4"], "must be one of"),
+        (["jazz", "blues", "--out", "x.mp4"], "must be one of"),
         (["jazz", "--seconds", "0"], "--seconds must be greater"),
+        (["jazz", "--seconds", "inf"], "--seconds must be a finite number"),
         (["jazz", "--temperature", "0"], "--temperature must be greater"),
         (["jazz", "--continue", "text.wav"], "not readable audio"),
         (["jazz", "--continue", "none.wav"], "no such file"),
@@ -108,6 +111,18 @@ def test_bad_input_gets_one_sentence(tmp_path, options, sentence, monkeypatch, c
         entry(lambda: sample.main(options))
     assert sentence in capsys.readouterr().err
     assert set(tmp_path.iterdir()) == before
+
+
+def test_a_prompt_may_look_like_a_formula_in_the_picture(tmp_path):
+    done = play("cash $_$ money", "--seconds", 1, "--out", "x.wav", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_both_stages_play_on_a_gpu(tmp_path):
+    done = play("jazz", "--seconds", 4, "--out", "x.wav", cwd=tmp_path)
+    assert done.returncode == 0 and "refined by" in done.stdout, done.stderr
 
 
 def test_a_prompt_longer_than_the_encoder_takes_is_cut_with_a_word(tmp_path):

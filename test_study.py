@@ -33,6 +33,11 @@ def small(tmp_path, monkeypatch):
     return made
 
 
+def test_the_study_is_evaluates():
+    with pytest.raises(ValueError, match="evaluate.py study"):
+        study.one_run([])
+
+
 def test_a_study_trains_goes_on_and_writes_what_came_out(small, tmp_path, capsys):
     small.train()
     runs = [tmp_path / f"{variant}-{seed}" for variant in study.VARIANTS for seed in (0, 1)]

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,6 +46,14 @@ def test_a_corpus_may_have_more_mixtures_or_none(monkeypatch):
         monkeypatch.setattr("sys.argv", ["toy.py", "build", "--corpus-only", "--mixtures", share])
         with pytest.raises(ValueError, match=why):
             toy.main()
+
+
+def test_a_corpus_of_another_codec_is_not_gone_on_with(tmp_path):
+    (tmp_path / "manifest.jsonl").write_text("")
+    with pytest.raises(ValueError, match="remove it first"):
+        toy.build(
+            SimpleNamespace(mixtures=0.15, seconds=10.0, out=str(tmp_path), corpus_only=False)
+        )
 
 
 def test_every_genre_and_mood_plays_from_the_first_moment():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample
 import train
 from model import entry, load_checkpoint, read_config, read_tensors
 from test_data import some_clips
@@ -200,15 +201,21 @@ def test_presets_name_real_options():
         (["--variant", "rnn"], "unknown variant"),
         (["--data", "nowhere"], "no data at nowhere"),
         (["--resume", "nowhere"], "no checkpoint at nowhere"),
+        (["--resume", "out/simba", "--steps", "20000"], "leave out --steps"),
         (["--preset", "huge"], "invalid choice"),
+        (["--valid-every", "0"], "--valid-every must be at least 1"),
+        (["--d-conv", "1"], "d_conv must be at least 2"),
+        (["--headdim", "0"], "headdim 0 must divide"),
+        (["--device", "gpu"], "--device gpu"),
         (["--text-encoder", "./no-such-t5", "--data", "{data}"], "text encoder ./no-such-t5"),
     ],
 )
 def test_bad_options_get_one_sentence(tmp_path, data, options, sentence, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = [o.format(data=data) for o in options]
+    options += [] if "--resume" in options else ["--steps", "1"]
     with pytest.raises(SystemExit, match="2"):
-        entry(lambda: train.main([*options, "--steps", "1"]))
+        entry(lambda: train.main(options))
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -217,6 +224,24 @@ def test_a_run_is_not_overwritten(tmp_path, data):
     (tmp_path / "run/last").mkdir(parents=True)
     with pytest.raises(ValueError, match="--resume"):
         train.main(["--data", str(data), "--out", str(tmp_path / "run")])
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, data, monkeypatch):
+    """Its log goes, the last line of which may be half a line; and Ctrl-C is the shell's again."""
+    monkeypatch.setattr(sample, "main", lambda argv: None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text('{"step": 1, "loss": 99.0}\n{"step": 2, "lo')
+    before = signal.getsignal(signal.SIGINT)
+    train.main(["--data", str(data), *TINY, "--steps", "4", "--out", str(tmp_path / "run")])
+    assert len(losses(tmp_path / "run")) == 4 and max(losses(tmp_path / "run")) < 99
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_refiner_trains_on_a_gpu(tmp_path):
+    options = "--layers 1 --d-model 32 --d-state 8 --headdim 16 --steps 2 --valid-clips 2"
+    code, _, err = run("--variant", "refiner", *options.split(), "--out", tmp_path / "r")
+    assert code == 0, err
 
 
 def test_help_teaches(capsys):

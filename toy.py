@@ -653,7 +653,7 @@ def few_words(factors: dict, rng) -> str:
     return pick(rng, shapes).format(name=name(factors, rng), **vars(w))
 
 
-def adjectives_and_tails(factors: dict, w, rng, keep: float) -> tuple[str, list, set]:
+def adjectives_and_tails(w, rng, keep: float) -> tuple[str, list, set]:
     """Say each factor before the noun, after it or, with probability 1 - keep, not at all."""
     adjectives, tails, said = [], [], set()
     if rng.random() < keep:
@@ -707,7 +707,7 @@ def is_plural(thing: str) -> bool:
 
 def sentence(factors: dict, rng) -> str:
     w = worded(factors, rng)
-    adjectives, tails, _ = adjectives_and_tails(factors, w, rng, keep=0.65)
+    adjectives, tails, _ = adjectives_and_tails(w, rng, keep=0.65)
     form, glue = rng.random(), pick(rng, [" ", " ", ", "])
     tail = glue.join([""] + tails) if glue == " " else " " + glue.join(tails)
     if form < 0.45:  # "play a slow jazz reggae track with saxophone"
@@ -744,7 +744,7 @@ def sentence(factors: dict, rng) -> str:
 def paragraph(factors: dict, rng) -> str:
     """Two or three sentences in the manner of MusicCaps."""
     w = worded(factors, rng)
-    adjectives, tails, said = adjectives_and_tails(factors, w, rng, keep=0.45)
+    adjectives, tails, said = adjectives_and_tails(w, rng, keep=0.45)
     opener = pick(
         rng, ["", "this is ", "this is ", "the recording is ", "here is ", "this clip is "]
     )
@@ -942,6 +942,11 @@ def build(args):
     if other and Path(args.out).resolve() == UNPACKED.resolve():
         raise ValueError("clips of other lengths or mixtures do not ship: give an --out of its own")
     if not args.corpus_only:
+        if (Path(args.out) / "manifest.jsonl").exists():
+            raise ValueError(
+                f"{args.out} holds clips of the codec that is to be made anew: remove it first, or"
+                " go on with it by --corpus-only"
+            )
         fit_codec(args.codec_clips, args.workers)
         train_tokenizer()
         train_text_encoder()

@@ -71,7 +71,7 @@ class TrainConfig:
     seconds: float = 30.0  # length of a training clip
     batch: int = 4  # clips in a micro-batch
     accumulate: int = 32  # micro-batches in a step
-    crop: float = 30.0  # begin with random crops of so many seconds, in larger batches; then double
+    crop: float = 30.0  # begin with so many seconds of each clip, in larger batches; then double
     crop_until: float = 0.0  # share of the steps by which they have grown to whole clips
     lr: float = 1e-4  # learning rate after the warm-up; then a cosine to zero
     warmup: int = 100  # steps of linear warm-up
@@ -88,7 +88,7 @@ class TrainConfig:
     compile: bool = True  # torch.compile: half as fast again, after a minute or two of its own
     recompute: int = 0  # so many blocks are computed again on the way back: less memory, more time
     fsdp: bool = False  # under torchrun: each process keeps its share of the weights only
-    device: str = ""  # cpu, cuda or mps; empty: the best there is
+    device: str = ""  # cpu, cuda or mps; empty: cuda where there is one, else cpu
 
 
 PRESETS = {
@@ -154,7 +154,7 @@ def train(model_config, config, run, device, rank=0, ranks=1):
     clips, valid = (
         Clips(folder, split, model_config.codebooks, made_by) for split in ("train", "valid")
     )
-    codec = load_codec(clips.meta["codec"]).to(device) if refining else None
+    codec = load_codec(clips.meta["codec"]) if refining else None
     if start:
         load = load_refiner if refining else load_checkpoint
         lm, encoder = load(start), load_text_encoder(start)
@@ -173,6 +173,8 @@ def train(model_config, config, run, device, rank=0, ranks=1):
         encoder.bfloat16()  # a published one, which is not stored with the checkpoints
     lm.to(device).train()
     encoder.to(device).train(encoder.trained)
+    if refining:
+        codec.to(device)
     ema = AveragedModel(lm, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     kept = ema.module if ema else lm  # the weights that are validated and stored
     objective = spread(Objective(lm, encoder, codec, config), config, device, ranks)
@@ -181,7 +183,7 @@ def train(model_config, config, run, device, rank=0, ranks=1):
     step, best = 0, math.inf
     if resuming:
         step, best = load_trainer(run / "last", lm, encoder, optimizer, ema)
-        log.cut(step)
+    log.cut(step)
     if rank == 0:
         if lm.config.variant != "transformer":
             print(ssd_kernel.path(device))
@@ -204,8 +206,8 @@ def train(model_config, config, run, device, rank=0, ranks=1):
                 ) from None
 
     stop = []  # Ctrl-C and SIGTERM finish the step, then save
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(1))
+    told = lambda *_: stop.append(1)
+    before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
 
     shares = ((n, share(n, config, rank, ranks)) for n in range(step, config.steps))
     window = stages(config)[-1][1]  # a crop begins where the whole clip would
@@ -281,6 +283,8 @@ def train(model_config, config, run, device, rank=0, ranks=1):
                     print(f"\nstopped at step {step}; `python train.py --resume {run}` goes on")
                 sys.exit(130)
 
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if rank == 0:
         plot(log, run / "loss.png")
     return best
@@ -315,6 +319,10 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     pick = lambda kind: kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
     if args.resume:
+        said = sys.argv[1:] if argv is None else argv
+        more = {w.split("=")[0] for w in said if w.startswith("--")} - {"--resume", "--dry-run"}
+        if more:
+            raise ValueError(f"--resume goes on with the run's own options: leave out {min(more)}")
         saved = read_config(Path(args.resume) / "last")
         kind = RefinerConfig if is_refiner(saved) else LMConfig
         config = TrainConfig(**saved["train"])
@@ -322,6 +330,8 @@ def parse_arguments(argv):
     model, config = pick(kind), pick(TrainConfig)
     if refining and config.recompute:
         raise ValueError("--recompute goes with language models: a refiner is small without it")
+    if config.valid_every < 1:
+        raise ValueError(f"--valid-every must be at least 1, not {config.valid_every}")
     if config.keep_every % config.valid_every:
         raise ValueError(f"--keep-every must be a multiple of --valid-every, {config.valid_every}")
     if config.fsdp and (config.ema or config.train_text_encoder):
@@ -330,7 +340,7 @@ def parse_arguments(argv):
         model = shape_of(initial(config, refining), model, argv)
     name = model.variant + ("" if refining or model.codebooks == 1 else f"-{model.codebooks}")
     run = Path(config.out or f"out/{name}")
-    if (run / "last").exists() and not args.dry_run:
+    if begun(run) and not args.dry_run:
         raise ValueError(f"{run} holds a run: go on with --resume {run}, or choose another --out")
     return model, config, run, args.dry_run
 
@@ -389,7 +399,11 @@ def join_processes(config):
     """-> this process's device, its rank, and the number of ranks."""
     rank, ranks = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     cuda = torch.cuda.is_available()
-    device = torch.device(config.device or ("cuda" if cuda else "cpu"))
+    try:
+        device = torch.device(config.device or ("cuda" if cuda else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or none here
+        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
     if ranks > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -640,10 +654,11 @@ class Log:
     def __init__(self, path, write=True):
         self.path, self.writes = path, write
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = [json.loads(line) for line in open(path)] if path.exists() else []
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be cut
+        self.rows = [json.loads(line) for line in lines]
 
     def cut(self, step):
-        """Forgets what came after the checkpoint that a resumed run starts from."""
+        """Forgets what came after the checkpoint, if any, that the run goes on from."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         if not self.writes:
             return
