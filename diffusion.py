@@ -349,7 +349,7 @@ KNOWN, AHEAD = 1 / 8, 1 / 16
 @torch.inference_mode()
 def refine(
     refiner, encoder, codec, prompt, pieces, seed, *,
-    heard=None, steps=25, guidance=3.0, sketch_guidance=2.0,
+    heard=None, steps=25, guidance=2.0, sketch_guidance=2.0,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Pieces (1, l) of first-codebook codes, cut anywhere -> pieces (K, l) of all codebooks, whose
     first row is what was given. As many frames come out as went in.
@@ -360,28 +360,21 @@ def refine(
     the others go on from them, as an inpainted picture from its frame. In the same way all of it
     goes on from `heard` (K, T), which is not yielded.
 
-    Guidance, of the sketch and of the text apart, as InstructPix2Pix has it (arXiv 2211.09800, eq.
-    3): v = u + sketch_guidance (s - u) + g_t (c - s), u being what is told with neither, s with the
-    sketch alone, c with both. g_t falls in a line from `guidance`, in noise, to 1: instruments are
-    decided while nothing else is to be seen, and later a strong text only spoils what the sketch
-    says. (Guidance that changes with t: arXiv 2404.07724.) By 1 and 1, the prediction as it is,
-    what is made comes out a little too calm. steps: see `denoise`. The same codes, prompt and seed
-    give the same codes, to the last bit.
+    Guidance, of the text and of the sketch apart, as InstructPix2Pix has it (arXiv 2211.09800, eq.
+    3): v = u + sketch_guidance (s - u) + guidance (c - s), u being what is told with neither, s
+    with the sketch alone, c with both. By 1 and 1, the prediction as it is, what is made comes out
+    a little too calm. steps: see `denoise`. The same codes, prompt and seed give the same codes,
+    to the last bit.
     """
     device, window = refiner.out.weight.device, refiner.config.window
     windows = 0  # that are painted; each has noise of its own
     known, ahead = int(KNOWN * window), int(AHEAD * window)
-    T = refiner.config.timesteps
-
-    def weights(t):
-        """How often the formula, sorted by them, counts c, s and u."""
-        g = 1 + (guidance - 1) * t / T
-        return torch.tensor([g, sketch_guidance - g, 1 - sketch_guidance])
-
-    # Being linear in t, what is counted 0 times at both ends is never counted, nor computed.
-    rows = (weights(0).abs() + weights(T).abs()).nonzero()[:, 0]
+    # The formula, sorted by c, s and u; what is counted 0 times is not computed.
+    weights = torch.tensor([guidance, sketch_guidance - guidance, 1 - sketch_guidance])
+    rows = weights.nonzero()[:, 0]
     text = encoder.pooled([prompt, "", ""])[rows]
     sketched = torch.tensor([True, True, False])[rows].to(device)
+    weights = weights[rows, None, None].to(device)
     # The codes of the frames in the window: the coarse so far, the fine of the finished ones.
     heard = torch.empty(refiner.config.codebooks, 0, dtype=torch.long) if heard is None else heard
     coarse, fine = heard[:1, -known:], heard[1:, -known:]
@@ -394,9 +387,9 @@ def refine(
         for_all = lambda v: v.expand(len(rows), -1, -1)
 
         def predict(x, t):
-            times = torch.full((len(rows),), t, device=device)
-            v = refiner(for_all(x), times, for_all(sketch), text, sketched)
-            return (weights(t)[rows, None, None].to(device) * v).sum(0, keepdim=True)
+            t = torch.full((len(rows),), t, device=device)
+            v = refiner(for_all(x), t, for_all(sketch), text, sketched)
+            return (weights * v).sum(0, keepdim=True)
 
         noise = torch.randn(1, len(refiner.limit), coarse.shape[1], generator=generator).to(device)
         x0 = denoise(predict, noise, refiner.schedule, steps, generator, finished, refiner.limit)
