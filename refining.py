@@ -1,6 +1,7 @@
 """How good is the second stage by itself? It gets the true first codebook of held-out clips.
 
     python refining.py                                   the refiner that ships
+    python refining.py --guidance 2 1                    ... and with other guidance, and none
     python refining.py out/refiner/best out/attention/best --steps 100 50 25 10
 
 The table stands between two bounds: the first codebook alone, and all nine true ones. A refiner
@@ -18,6 +19,7 @@ clips and, of runs that lie beside their log, the loss curves.
 """
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -144,6 +146,10 @@ def main():
     )
     parser.add_argument("refiners", nargs="*", help="checkpoints [the one that ships]")
     parser.add_argument("--steps", type=int, nargs="+", help="[as the checkpoint has it]")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[],
+        help="besides the checkpoint's own: these, by the text and by the sketch alike",
+    )  # fmt: skip
     parser.add_argument("--count", type=int, default=32, help="held-out clips [32]")
     args = parser.parse_args()
     codec = load_codec("toy")
@@ -166,10 +172,12 @@ def main():
     shown = [("codebook 1", codec.from_codes(true[:, :1]))]
     folders = [Path(folder) for folder in args.refiners] or [SHIPPED_REFINER]
     for folder in folders:
-        options = dict(steps=25) | read_config(folder).get("sampling", {})
-        for steps in args.steps or [options["steps"]]:
-            options["steps"] = steps
+        own = dict(steps=25) | read_config(folder).get("sampling", {})
+        others = [dict(guidance=g, sketch_guidance=g) for g in args.guidance]
+        for steps, other in itertools.product(args.steps or [own["steps"]], [{}, *others]):
+            options = own | other | dict(steps=steps)
             name = f"{os.path.relpath(folder)}, {steps} steps"
+            name += f", guidance {other['guidance']:g}" if other else ""
             made, seconds = refine_all(folder, codec, true, captions, name, **options)
             rows.append(measure(name, codec, true, made, seconds, **clips))
             if folder == folders[0] and len(shown) == 1:
