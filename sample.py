@@ -121,7 +121,9 @@ class System:
         if self.second:
             self.refiner = load_refiner(self.second).to(device)
             self.its_encoder = load_text_encoder(self.second).to(device)
-            self.its_codec = copy.deepcopy(self.codec).to(device)  # the other one decodes
+            self.its_codec = self.codec
+            if device != "cpu":  # the refiner's is beside it; the other one decodes, on the CPU
+                self.its_codec = copy.deepcopy(self.codec).to(device)
             self.refining = read_config(self.second).get("sampling", {})
 
     def refine(self, prompt, pieces, seed, **options):

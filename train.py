@@ -319,9 +319,7 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     pick = lambda kind: kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
     if args.resume:
-        said = sys.argv[1:] if argv is None else argv
-        more = {w.split("=")[0] for w in said if w.startswith("--")} - {"--resume", "--dry-run"}
-        if more:
+        if more := named_options(argv) - {"--resume", "--dry-run"}:
             raise ValueError(f"--resume goes on with the run's own options: leave out {min(more)}")
         saved = read_config(Path(args.resume) / "last")
         kind = RefinerConfig if is_refiner(saved) else LMConfig
@@ -345,6 +343,12 @@ def parse_arguments(argv):
     return model, config, run, args.dry_run
 
 
+def named_options(argv):
+    """The options that a command line names: {"--steps", ...}; argv None: this process's."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word.split("=")[0] for word in words if word.startswith("--")}
+
+
 def begun(run):
     """Whether there is a checkpoint to go on from, if only the one before the last."""
     return (run / "last").exists() or (run / "last.old").exists()
@@ -360,7 +364,7 @@ def shape_of(folder, asked, argv):
     """The model's shape is the checkpoint's. ValueError if the command line asks for another."""
     load = load_refiner if isinstance(asked, RefinerConfig) else load_checkpoint
     saved = load(folder).config
-    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    words = named_options(argv)
     for field in fields(saved):
         option = "--" + field.name.replace("_", "-")
         have, want = getattr(saved, field.name), getattr(asked, field.name)
@@ -401,12 +405,13 @@ def join_processes(config):
     cuda = torch.cuda.is_available()
     try:
         device = torch.device(config.device or ("cuda" if cuda else "cpu"))
+        if ranks > 1 and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or none here
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
     if ranks > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     elif config.fsdp:
