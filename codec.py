@@ -644,3 +644,8 @@ def under_another_name(path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with under_another_name(path) as part:
+        part.write_text(text, encoding="utf-8")

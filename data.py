@@ -60,8 +60,8 @@ from codec import (
     Picture,
     audio_blocks,
     load_codec,
-    under_another_name,
     write_audio,
+    write_text,
 )
 from model import add_arguments, entry
 from sources import VOCAL, Options, folder_tracks, jamendo_tracks, musiccaps_tracks
@@ -460,8 +460,7 @@ def lock_rank(parts, rank):
 
 
 def write_json(path, value):
-    with under_another_name(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def work(todo, options, workers):

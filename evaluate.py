@@ -49,8 +49,8 @@ from codec import (
     load_codec,
     mel_spectrogram,
     read_audio,
-    under_another_name,
     write_audio,
+    write_text,
 )
 from data import Clips
 from judge import FACTORS, heard_in_real_clips, in_time, load_judge, right
@@ -352,7 +352,7 @@ def measure(systems, ruler, task) -> tuple[list, list]:
         rows[0][1]["diversity"] = (spread.mean(), interval(spread))
         tokens[rows[0][0]] = task.tokens
     CACHE.mkdir(parents=True, exist_ok=True)
-    write(CACHE / "prompts.txt", "".join(f"{caption}\n" for caption in captions))
+    write_text(CACHE / "prompts.txt", "".join(f"{caption}\n" for caption in captions))
     for system in systems:
         asked = {first: captions} if is_audio(system) else task.prompts
         for kind, prompts in asked.items():
@@ -390,8 +390,8 @@ def report(name, title, rows, settings, paper=None):
     text = f"{title}\n\n{markdown(rows, paper)}\n\n{settings}\n"
     print("\n" + text)
     RESULTS.mkdir(exist_ok=True)
-    write(RESULTS / f"{name}.md", text)
-    write(RESULTS / f"{name}.csv", sheet(rows))
+    write_text(RESULTS / f"{name}.md", text)
+    write_text(RESULTS / f"{name}.csv", sheet(rows))
 
 
 def markdown(rows, paper=None):
@@ -430,11 +430,6 @@ def cell_text(cell):
     show = (lambda x: f"{x:.0%}") if count else number
     text = show(value) + (f" [{show(bounds[0])}, {show(bounds[1])}]" if bounds else "")
     return text + (f" of {count[0]}" if count else "")
-
-
-def write(path, text):
-    with under_another_name(path) as part:
-        part.write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------- the paper's tables, figures ----

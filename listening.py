@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codec import FORMATS, SAMPLE_RATE, read_audio, under_another_name
+from codec import FORMATS, SAMPLE_RATE, read_audio, write_text
 from model import entry
 
 SCALES = {  # the paper's three
@@ -69,8 +69,7 @@ def make_page(systems, prompts, out, count=24):
         (out, page.replace("/*TEST*/null", data)),
         (out.with_suffix(".key.json"), json.dumps(dict(id=test["id"], clips=key), indent=1)),
     ):
-        with under_another_name(path) as part:
-            part.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return len(questions)
 
 

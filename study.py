@@ -42,7 +42,7 @@ import figures
 import refining
 import toy
 import train
-from codec import SAMPLE_RATE, load_codec
+from codec import SAMPLE_RATE, load_codec, write_text
 from data import Clips, Writer
 from diffusion import load_refiner
 from evaluate import following, quality
@@ -358,7 +358,7 @@ class Study:
         print("\n" + text)
         self.sections.append(text)
         head = f"# {title}; {provenance()}\n"
-        evaluate.write(self.results / f"{name}.csv", head + evaluate.sheet(rows))
+        write_text(self.results / f"{name}.csv", head + evaluate.sheet(rows))
 
     def figure(self, figure, name, title):
         figures.keep(figure, self.results / name)
@@ -376,7 +376,7 @@ class Study:
             f"{spent / 3600:.1f} hours of one core; this run of the command "
             f"{(time.time() - self.started) / 60:.0f} minutes.\n"
         )
-        evaluate.write(self.results / "README.md", "\n".join([head, *self.sections]))
+        write_text(self.results / "README.md", "\n".join([head, *self.sections]))
         print(f"{self.results}/README.md")
 
 
@@ -440,13 +440,16 @@ def done(run):
 
 def own_tokens(folder, data):
     """A corpus with a first codebook as the language model that ships would have it: at every
-    frame a token is drawn from what it expects after the true ones; codebooks 2 ... 9 stay."""
+    frame a token is drawn from what it expects after the true ones; codebooks 2 ... 9 stay.
+    ValueError if the data are not the toy world's."""
+    sides = [Clips(data, split, 9, "toy") for split in ("train", "valid")]
+    if not all("factors" in row for side in sides for row in side.rows):
+        raise ValueError(f"the study is of the toy world: {data} was not made by `toy.py build`")
     writer = Writer(folder, load_codec("toy"))
     lm, encoder = load_checkpoint(SHIPPED), load_text_encoder(SHIPPED)
     options = read_config(SHIPPED).get("sampling", {})
     options = {k: options[k] for k in ("temperature", "top_k", "top_p") if k in options}
     have = len(writer.rows())
-    sides = [Clips(data, split, 9) for split in ("train", "valid")]
     todo = [(side, i) for side in sides for i in range(len(side))][have:]
     for number, (side, i) in enumerate(tqdm(todo, "own tokens", disable=None, leave=False), have):
         codes, row = side.codes(i), side.rows[i]

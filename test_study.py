@@ -8,7 +8,8 @@ import pytest
 
 import evaluate
 import study
-from data import Clips
+from codec import load_codec
+from data import Clips, Writer
 from model import read_config
 from test_train import TINY
 from toy import corpus
@@ -94,6 +95,15 @@ def test_own_tokens_are_the_models_and_all_else_is_the_clips(tmp_path, monkeypat
         same = (mine.codes(i)[0] == real.codes(i)[0]).mean()
         assert 0.3 < same < 0.95, "near the true ones, as they come after true ones"
     assert len(Clips(tmp_path, "valid", 9)) == 3
+
+
+def test_a_study_of_other_music_is_refused(tmp_path):
+    writer = Writer(tmp_path / "mine", load_codec("toy"))
+    codes = np.zeros((9, 50), np.uint16)
+    writer.add([(codes, dict(split=split, caption="a song")) for split in ("train", "valid")])
+    with pytest.raises(ValueError, match="mine was not made by `toy.py build`"):
+        study.own_tokens(tmp_path / "own", tmp_path / "mine")
+    assert not (tmp_path / "own").exists()
 
 
 def test_figures_without_an_interval_and_without_an_end_are_shown():

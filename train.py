@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import budget
 import ssd_kernel
-from codec import FRAME_RATE, load_codec
+from codec import FRAME_RATE, load_codec, write_text
 from data import Clips
 from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss
 from model import (
@@ -667,9 +667,7 @@ class Log:
         self.rows = [row for row in self.rows if row["step"] <= step]
         if not self.writes:
             return
-        temporary = self.path.with_suffix(".new")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, **row):
         self.rows.append(row)
