@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import toy
+import train
 from data import Clips
 
 LENGTHS = (None, "words", "sentence", "paragraph")
@@ -110,6 +111,17 @@ def test_caption_lengths_and_variety():
     assert np.mean(counts["words"]) < 5 < np.mean(counts["sentence"]) < 16
     assert 20 < np.mean(counts["paragraph"]) < 45
     assert len({toy.caption(f, rng) for _ in range(300)}) > 200
+
+
+def test_a_refiners_captions_name_the_lead():
+    rng = np.random.default_rng(0)
+    clips = [toy.sample_clip(i)[0] for i in range(400)]
+    names = lambda f, text: any(name in text.lower() for name in toy.LEADS[f["lead"]][3])
+    share = lambda draw: np.mean([names(f, draw(f, rng)) for f in clips])
+    assert 0.5 < share(toy.caption) < 0.8
+    assert 0.9 < share(toy.caption_with_lead) < 0.99
+    describe = train.open_data("toy", refining=True)[1]
+    assert share(lambda f, rng: describe(dict(factors=f), rng)) > 0.9
 
 
 def test_any_text_can_be_encoded_and_the_worlds_words_are_single_tokens():

@@ -606,6 +606,16 @@ def caption(factors: dict, rng: np.random.Generator, length: str | None = None) 
     return text + "." if length != "words" and rng.random() < 0.7 else text
 
 
+def caption_with_lead(factors: dict, rng: np.random.Generator) -> str:
+    """A caption that names the lead instrument, but for one in twenty; of others one in three
+    does not."""
+    for _ in range(3):
+        text = caption(factors, rng)
+        if any(name in text.lower() for name in LEADS[factors["lead"]][3]):
+            break
+    return text
+
+
 def name(factors: dict, rng, compound: bool = True) -> str:
     """The genre or the mixture, genre first; compound: fit to stand before a noun."""
     genre, rhythm = factors["genre"], factors["rhythm"]

@@ -148,7 +148,7 @@ def train(model_config, config, run, device, rank=0, ranks=1):
     # Data and model. A clip of the toy world has no caption but the factors to draw one from.
     if rank > 0:
         wait_for(ranks)  # the first unpacks and downloads, for all
-    folder, describe = open_data(config.data)
+    folder, describe = open_data(config.data, refining)
     start = run / "last" if resuming else initial(config, refining)  # or none
     made_by = read_config(start).get("codec") if start else None
     clips, valid = (
@@ -375,14 +375,16 @@ def shape_of(folder, asked, argv):
     return saved
 
 
-def open_data(name):
+def open_data(name, refining=False):
     """-> the data folder, and describe(row, rng) -> caption."""
     import toy
 
     folder = toy.corpus() if name == "toy" else Path(name)
+    # The sketch has the genre in it already. What a refiner needs the words for is the lead.
+    draw = toy.caption_with_lead if refining else toy.caption
 
     def describe(row, rng):
-        return toy.caption(row["factors"], rng) if "factors" in row else row["caption"]
+        return draw(row["factors"], rng) if "factors" in row else row["caption"]
 
     return folder, describe
 
