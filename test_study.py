@@ -22,6 +22,7 @@ def small(tmp_path, monkeypatch):
     """A study of two variants, too small to learn."""
     monkeypatch.setattr(study, "VARIANTS", ("simba", "transformer"))
     labels = {variant: f"--variant {variant} {OPTIONS}" for variant in study.VARIANTS}
+    labels[study.NINE] = f"--codebooks 9 {OPTIONS}"
     monkeypatch.setattr(study, "LMS", labels)
     monkeypatch.setattr(study, "REFINERS", {})
     monkeypatch.setattr(study, "TUNED", {})
@@ -43,6 +44,8 @@ def test_a_study_trains_goes_on_and_writes_what_came_out(small, tmp_path, capsys
     small.train()
     runs = [tmp_path / f"{variant}-{seed}" for variant in study.VARIANTS for seed in (0, 1)]
     assert [read_config(run / "last")["step"] for run in runs] == [10] * 4
+    nine = "simba-9-codebooks"
+    assert [run.name for run in tmp_path.glob(f"{nine}-*")] == [f"{nine}-0"], "one seed, not two"
     assert all((run / "step-4").exists() and not [*run.glob("*.wav")] for run in runs)
     whole = (runs[0] / "log.jsonl").read_text()
     stamp = (runs[1] / "log.jsonl").stat().st_mtime_ns
@@ -63,7 +66,7 @@ def test_a_study_trains_goes_on_and_writes_what_came_out(small, tmp_path, capsys
     assert (small.results / "losses.png").stat().st_size > 5000
     head, _, *lines = (small.results / "losses.csv").read_text().splitlines()
     assert head.startswith("# ") and "commit" in head
-    assert len(lines) == 2 and lines[0].startswith("simba,")
+    assert len(lines) == 3 and lines[0].startswith("simba,")
     last = [valid[-1]["right"] for _, valid in small.runs("simba")]
     assert f"{np.mean(last)},{min(last)},{max(last)}" in lines[0]
 
