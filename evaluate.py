@@ -331,7 +331,7 @@ def mentioned(captions, factors):
     said = lambda pattern: np.array([bool(re.search(pattern, t)) for t in texts])
     return {
         "genre": uses([[*toy.GENRES[f["genre"]].words, f["genre"]] for f in factors]),
-        "lead": uses([toy.LEADS[f["lead"]][3] for f in factors]),
+        "lead": np.array([toy.names_lead(t, f) for t, f in zip(texts, factors)]),
         "tempo": said(TextEncoder.TEMPO),
         "key": said(r"\b[a-g](#|b| sharp| flat)? (major|minor)\b"),
         "mood": uses([toy.MOODS[f["mood"]].words for f in factors]),

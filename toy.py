@@ -611,9 +611,13 @@ def caption_with_lead(factors: dict, rng: np.random.Generator) -> str:
     does not."""
     for _ in range(3):
         text = caption(factors, rng)
-        if any(name in text.lower() for name in LEADS[factors["lead"]][3]):
+        if names_lead(text, factors):
             break
     return text
+
+
+def names_lead(text: str, factors: dict) -> bool:
+    return any(name in text.lower() for name in LEADS[factors["lead"]][3])
 
 
 def name(factors: dict, rng, compound: bool = True) -> str:
