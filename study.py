@@ -296,7 +296,10 @@ class Study:
         self.table("refiners", "The second stage, from true first codebooks", rows, about)
         systems = {f"after simba: {k}": f"{SHIPPED}+{folder}" for k, folder in folders.items()}
         rows = self.merged(systems)
-        about = f"{self.size.count} sentences, 10 s, the language model that ships."
+        about = (
+            f"{self.size.count} sentences, 10 s, the language model that ships. The new refiners "
+            "play with 25 steps and guidance 2, those tuned as the one that ships."
+        )
         self.table("refined", "The second stage, after a language model", rows, about)
 
     # ------------------------------------------------------------------------ beyond ten seconds --

@@ -81,7 +81,7 @@ def test_nine_codebooks_train_and_play_and_checkpoints_are_kept(tmp_path, data):
     assert load_checkpoint(tmp_path / "r/best").config.codebooks == 9
 
 
-def test_fine_tuning_starts_from_the_weights_and_the_shape_of_a_checkpoint(
+def test_fine_tuning_keeps_weights_shape_and_sampling_options_of_its_checkpoint(
     tmp_path, data, monkeypatch
 ):
     import sample
@@ -96,6 +96,8 @@ def test_fine_tuning_starts_from_the_weights_and_the_shape_of_a_checkpoint(
     assert load_checkpoint(tuned).config == load_checkpoint(shipped).config
     before, after = (load_checkpoint(f).state_dict() for f in (shipped, tuned))
     assert all(torch.allclose(before[k], after[k], atol=1e-6) for k in before)
+    plays = read_config(shipped)["sampling"]
+    assert all(read_config(tmp_path / "r" / f)["sampling"] == plays for f in ("best", "last"))
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,10 @@ def train(model_config, config, run, device, rank=0, ranks=1):
         wait_for(ranks)  # the first unpacks and downloads, for all
     folder, describe = open_data(config.data, refining)
     start = run / "last" if resuming else initial(config, refining)  # or none
-    made_by = read_config(start).get("codec") if start else None
+    origin = read_config(start) if start else {}
     clips, valid = (
-        Clips(folder, split, model_config.codebooks, made_by) for split in ("train", "valid")
+        Clips(folder, split, model_config.codebooks, origin.get("codec"))
+        for split in ("train", "valid")
     )
     codec = load_codec(clips.meta["codec"]) if refining else None
     if start:
@@ -192,6 +193,8 @@ def train(model_config, config, run, device, rank=0, ranks=1):
 
     def save(name):
         extra = dict(train=asdict(config), step=step, best=best, codec=clips.meta["codec"])
+        if "sampling" in origin:  # it plays with the options of what it started from
+            extra["sampling"] = origin["sampling"]
         files = None
         if name == "last":
             files = {"trainer.safetensors": trainer_state(lm, encoder, optimizer, ema)}
