@@ -265,7 +265,7 @@ class Refiner(nn.Module):
         # Set by `fit`: what makes every dimension of every codebook's entries of variance one.
         self.register_buffer("scale", torch.ones(config.codebooks, config.code_dim, 1))
         self.register_buffer("limit", torch.full((channels, 1), torch.inf))
-        self.register_buffer("schedule", cosine_schedule(config.timesteps), persistent=False)
+        self.schedule = cosine_schedule(config.timesteps)  # stays on the CPU: MPS has no float64
         self.nothing = nn.Parameter(torch.zeros(config.code_dim, 1))  # in place of the sketch
         self.into = nn.Linear(channels + config.code_dim, D)
         self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
@@ -325,8 +325,8 @@ def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, g
     u = (draw(B) + torch.arange(B, device=device)) / B
     t = (config.timesteps * u ** (1 / 3)).long().clamp(max=config.timesteps - 1) + 1
     noise = torch.randn(x0.shape, generator=generator).to(device)
-    a = refiner.schedule[t].sqrt().float()[:, None, None]
-    b = (1 - refiner.schedule[t]).sqrt().float()[:, None, None]
+    squares = refiner.schedule, 1 - refiner.schedule
+    a, b = (s.sqrt().float().to(device)[t, None, None] for s in squares)
     x, v = turn(x0, noise, a, b)
     text = encoder.pooled(captions)
     found = refiner(x, t, coarse, text, draw(B) >= sketch_dropout)
