@@ -145,6 +145,9 @@ def test_the_shipped_corpus_is_unpacked_whole(tmp_path, monkeypatch):
         assert train.codes(i).shape == (1, 862) and train.codes(i).max() < 1024
     # The factors are those of the clips' indices: the captions describe this music.
     assert valid.rows[1]["factors"] == toy.sample_clip(16)[0]
+    (folder / "manifest.jsonl").unlink()
+    with pytest.raises(ValueError, match="unfinished corpus: remove it"):
+        toy.corpus()
 
 
 def test_music_is_rendered_or_the_missing_program_is_named(monkeypatch):

@@ -837,8 +837,10 @@ def corpus() -> Path:
             tar.extractall(temporary)
         try:
             os.replace(temporary, UNPACKED)
-        except OSError:  # another process was quicker
+        except OSError:  # another process was quicker; or a build ended before its first clips
             shutil.rmtree(temporary)
+            if not (UNPACKED / "manifest.jsonl").exists():
+                raise ValueError(f"{UNPACKED} is an unfinished corpus: remove it") from None
     return UNPACKED
 
 
