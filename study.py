@@ -22,11 +22,13 @@ elsewhere bootstrap 95% intervals over clips.
 
 import functools
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +69,8 @@ QUICK = Size("study-quick", 160, 160, 60, seeds=1, count=8, minute=2, valid_clip
 
 VARIANTS = ("mamba", "simba", "cross-simba", "transformer")
 NINE = "simba, 9 codebooks"
+NEW = "simba, new refiner"  # of the study's own, with few steps
+STAGES = ("simba", NEW, "transformer", NINE)  # Table II's
 LMS = {variant: f"--variant {variant}" for variant in VARIANTS} | {
     NINE: "--codebooks 9",
     "simba, 2 blocks": "--blocks 2",
@@ -110,6 +114,7 @@ class Study:
     def run(self):
         own_tokens(self.out / "own-tokens", train.open_data(self.data)[0])
         self.train()
+        self.play()
         self.losses()
         self.race()
         self.heard()
@@ -241,7 +246,8 @@ class Study:
             for label in VARIANTS:
                 found[f"{label}, {early} steps"] = self.folder(label) / f"step-{early}"
         found |= {label: self.folder(label) / "best" for label in LMS}
-        return {label: system_of(folder) for label, folder in found.items()}
+        systems = {label: system_of(folder) for label, folder in found.items()}
+        return systems | {NEW: f"{found['simba']}+{self.folder('refiner, SSD') / 'best'}"}
 
     def hear(self, systems, seconds=10.0, **changes):
         """{label: system} -> rows of the quality table, and of the table of factors, of the task
@@ -259,31 +265,52 @@ class Study:
         rows, factors = self.hear(systems, seconds, real=[])
         return [(label, cells | more) for (label, cells), (_, more) in zip(rows, factors)]
 
+    def play(self):
+        """Makes all that will be heard, in as many processes as there are cores: what so small a
+        model does in a step is not worth dividing among threads."""
+        if torch.cuda.is_available():
+            return  # one process at a time; each system is played when its turn comes
+        systems, minute = self.systems(), self.captions[: self.size.minute]
+        jobs = [(systems[label], minute, 60.0) for label in VARIANTS]  # the longest first
+        jobs += [(systems[label], self.captions, 25.0) for label in STAGES]
+        jobs += [(each, self.captions, 10.0) for each in (systems | self.refined()).values()]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(os.cpu_count(), spawn, alone) as pool:
+            made = pool.map(evaluate.music, *zip(*jobs))
+            for _ in tqdm(made, "playing", len(jobs), unit="system", disable=None):
+                pass
+
     def heard(self):
         rows, factors = self.hear(self.systems())
         about = (
             f"{self.size.count} sentences of held-out clips, 10 s, seed 0 of each run, guidance 3, "
-            "temperature 1.2, top 250. One codebook is refined by the refiner that ships."
+            "temperature 1.2, top 250. One codebook is refined by the refiner that ships; the new "
+            f"refiner has had {self.size.refiner_steps} steps."
         )
         self.table("judge", "What the judge hears in them", rows, about)
         self.table("factors", "What was asked", factors, about)
 
     def longer(self):
         """Table II's other half."""
-        labels = ("simba", "transformer", NINE)
-        rows = self.merged({k: self.systems()[k] for k in labels}, 25.0)
+        rows = self.merged({label: self.systems()[label] for label in STAGES}, 25.0)
         about = "The reference is of 10 s, and so was training; the judge's windows are of 10 s."
         self.table("longer", "One stage or two, 25 s", rows, about)
 
     # ----------------------------------------------------------------------------- the refiners ---
 
+    def second_stages(self):
+        folders = {label: self.folder(label) / "best" for label in REFINERS | TUNED}
+        return folders | {"refiner that ships": SHIPPED_REFINER}
+
+    def refined(self):
+        """The systems of the language model that ships and each of them."""
+        return {f"after simba: {k}": f"{SHIPPED}+{v}" for k, v in self.second_stages().items()}
+
     def refiners(self):
         """From true first codebooks; and after the language model that ships."""
         true = torch.from_numpy(self.task.codes)
-        folders = {label: self.folder(label) / "best" for label in REFINERS | TUNED}
-        folders["refiner that ships"] = SHIPPED_REFINER
         rows = [refining.measure("codebook 1 alone", self.codec, true, true[:, :1])]
-        for label, folder in folders.items():
+        for label, folder in self.second_stages().items():
             made, seconds = refining.refine_all(folder, self.codec, true, self.captions, label)
             name, cells = refining.measure(label, self.codec, true, made, seconds)
             size = train.size(load_refiner(folder)) / 1e6
@@ -294,8 +321,7 @@ class Study:
             "language model that ships draws at each frame after the true ones."
         )
         self.table("refiners", "The second stage, from true first codebooks", rows, about)
-        systems = {f"after simba: {k}": f"{SHIPPED}+{folder}" for k, folder in folders.items()}
-        rows = self.merged(systems)
+        rows = self.merged(self.refined())
         about = (
             f"{self.size.count} sentences, 10 s, the language model that ships. The new refiners "
             "play with 25 steps and guidance 2, those tuned as the one that ships."
@@ -478,6 +504,12 @@ def system_of(folder):
     """A checkpoint as evaluate.py plays it: with the refiner that ships, whatever lies in out/."""
     nine = read_config(folder)["model"]["codebooks"] > 1
     return str(folder) if nine else f"{folder}+{SHIPPED_REFINER}"
+
+
+def alone():
+    """Prepares a process that plays beside others."""
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # their progress bars would write over each other
 
 
 def varied(task, **changes):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,40 @@ def test_a_study_trains_goes_on_and_writes_what_came_out(small, tmp_path, capsys
     assert len(lines) == 3 and lines[0].startswith("simba,")
     last = [valid[-1]["right"] for _, valid in small.runs("simba")]
     assert f"{np.mean(last)},{min(last)},{max(last)}" in lines[0]
+
+
+def test_what_will_be_heard_is_played_before(small, monkeypatch):
+    asked, played = [], []
+
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def map(self, work, *columns):
+            assert work is evaluate.music
+            return [played.append((str(s), tuple(p), t)) for s, p, t in zip(*columns)]
+
+    def measure(systems, judge, task):
+        asked.extend((str(s), tuple(task.prompts["sentence"]), task.seconds) for s in systems)
+        return [], []
+
+    monkeypatch.setattr(study, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(study, "read_config", lambda folder: {"model": {"codebooks": 1}})
+    small.captions, small.judge = ["blues", "sad blues"], None
+    small.task = SimpleNamespace(prompts=dict(sentence=small.captions), real=[])
+    small.play()
+    small.hear(small.systems())
+    small.longer()
+    small.merged(small.refined())
+    assert sorted(asked) == sorted(job for job in played if job[2] != 60.0)
+    assert [job[1:] for job in played if job[2] == 60.0] == [(("blues",), 60.0)] * 2
 
 
 def test_a_run_that_fails_is_named(tmp_path):
