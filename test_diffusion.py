@@ -3,7 +3,9 @@
 import json
 import math
 import signal
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 import diffusion
 import train
 from codec import load_codec
+from data import Clips
 from diffusion import (
     BiMamba2,
     Refiner,
@@ -25,6 +28,7 @@ from diffusion import (
 )
 from model import read_config, save_checkpoint, ssd_recurrent
 from test_model import tiny
+from toy import corpus
 
 CODEC = load_codec("toy")
 SCHEDULE = cosine_schedule(100)
@@ -260,6 +264,24 @@ def test_it_learns():
 
 # ------------------------------------------------------------------------------------------------
 # Refining
+
+
+def test_a_refiner_is_validated_on_windows():
+    refiner, encoder = small("attention")
+    clips, seen = Clips(corpus(), "valid", 9, "toy"), []
+    refiner.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[3])))
+    describe = lambda row, rng: row["factors"]["genre"]
+    config = SimpleNamespace(valid_clips=2)
+    scores = train.validate(refiner, encoder, CODEC, clips, describe, config, torch.device("cpu"))
+    assert [tuple(x.shape[::2]) for x, _ in seen] == [(2 * (862 // 64), 64)] * 6
+    assert all(np.isfinite(score) for score in scores.values())
+    text = seen[0][1]  # windows have their clip's caption
+    assert (text[::2] == text[0]).all() and (text[1::2] == text[1]).all()
+    assert (text[0] != text[1]).any()
+    codes = torch.arange(2 * 130).view(2, 1, 130)
+    parts, said = train.windows(codes, ["a", "b"], 64)
+    assert torch.equal(parts[said.index("b")][0], codes[1, 0, :64]) and len(parts) == len(said) == 4
+    assert torch.equal(train.windows(codes, ["a", "b"], 200)[0], codes)  # clips shorter than one
 
 
 def run(refiner, encoder, given, seed=0, cut=100, prompt="a waltz", **options):

@@ -599,8 +599,8 @@ def named_parameters(lm, encoder):
 def validate(model, encoder, codec, clips, describe, config, device):
     """Losses over whole clips with the right captions, with another clip's, with none; and under a
     second name where the text is all there is to go by. Of a language model, nats per token, and
-    those of the clips' first second ("1s"); of the refiner, the squared error of v, and the same
-    without the sketch ("blind")."""
+    those of the clips' first second ("1s"); of the refiner, over windows as it refines them, the
+    squared error of v, and the same without the sketch ("blind")."""
     model.eval(), encoder.eval()
     count, second = min(config.valid_clips, len(clips)), round(FRAME_RATE)
     rows = range(count)
@@ -615,6 +615,7 @@ def validate(model, encoder, codec, clips, describe, config, device):
             codes = torch.from_numpy(np.stack([clips.codes(j, 0, frames) for j in part])).to(device)
             said = [texts[j] for j in part]
             if codec:
+                codes, said = windows(codes, said, model.config.window)
                 for sums, dropout in ((whole, 0.0), (little, 1.0)):
                     same = torch.Generator().manual_seed(i)  # noise and times, for every caption
                     with autocast(device):
@@ -628,6 +629,14 @@ def validate(model, encoder, codec, clips, describe, config, device):
         for name, sums in ((kind, whole), (kind + ("_blind" if codec else "_1s"), little)):
             scores[name] = sum(a for a, _ in sums) / sum(b for _, b in sums)
     return scores
+
+
+def windows(codes, captions, window):
+    """Clips (B, K, L) -> their whole windows (n B, K, window), and the captions of those. A refiner
+    with attention errs on more frames at once than it was trained on, and never meets them."""
+    n = max(codes.shape[2] // window, 1)
+    parts = codes[:, :, : n * window].chunk(n, 2)
+    return torch.cat(parts), captions * n
 
 
 def trainer_state(lm, encoder, optimizer, ema):
