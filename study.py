@@ -556,9 +556,10 @@ def cost_of_a_minute(lm, encoder, prompt, frames):
 @functools.cache
 def provenance():
     """Machine and commit, in a line."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=toy.ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    git = functools.partial(subprocess.run, cwd=toy.ROOT, capture_output=True, text=True)
+    commit = git(["git", "describe", "--always"]).stdout.strip()
+    if git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode == 1:
+        commit += "-dirty"  # not for tables that it has written itself
     try:
         cpu = open("/proc/cpuinfo").read().split("model name\t: ")[1].split("\n")[0]
     except (OSError, IndexError):
