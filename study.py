@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -508,6 +509,7 @@ def system_of(folder):
 
 def alone():
     """Prepares a process that plays beside others."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, not its clip alone
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # their progress bars would write over each other
 
