@@ -293,7 +293,8 @@ class Study:
 
     def longer(self):
         """Table II's other half."""
-        rows = self.merged({label: self.systems()[label] for label in STAGES}, 25.0)
+        systems = self.systems()
+        rows = self.merged({label: systems[label] for label in STAGES}, 25.0)
         about = "The reference is of 10 s, and so was training; the judge's windows are of 10 s."
         self.table("longer", "One stage or two, 25 s", rows, about)
 
