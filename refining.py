@@ -98,8 +98,9 @@ def measure(name, codec, true, codes, seconds=None, audio=None, rendered=None):
     return name, cells
 
 
-def loss_curves(path, folders):
-    """The training losses of runs, means of 50, from the log.jsonl above each checkpoint."""
+def loss_curves(folders):
+    """-> figure of the training losses of runs, means of 50, from the log.jsonl above each
+    checkpoint"""
     plt = figures.pyplot()
     figure, axis = plt.subplots(figsize=(7, 4))
     for i, folder in enumerate(folders):
@@ -114,9 +115,7 @@ def loss_curves(path, folders):
     axis.set(xlabel="step", ylabel="squared error of v, training")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    return figure
 
 
 def picture(path, columns):
@@ -187,7 +186,7 @@ def main():
     report("refiner", "The second stage, from true first codebooks", rows, about)
     picture(RESULTS / "refiner.png", [*shown, ("nine codebooks", codec.from_codes(true))])
     if logged := [folder for folder in folders if (folder.parent / "log.jsonl").exists()]:
-        loss_curves(RESULTS / "refiner-loss.png", logged)
+        figures.keep(loss_curves(logged), RESULTS / "refiner-loss")
 
 
 if __name__ == "__main__":

@@ -323,6 +323,8 @@ class Study:
             "language model that ships draws at each frame after the true ones."
         )
         self.table("refiners", "The second stage, from true first codebooks", rows, about)
+        curves = refining.loss_curves([self.folder(label) / "best" for label in REFINERS])
+        self.figure(curves, "refiner-loss", "The new refiners' losses in training")
         rows = self.merged(self.refined())
         about = (
             f"{self.size.count} sentences, 10 s, the language model that ships. The new refiners "
