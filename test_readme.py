@@ -33,7 +33,9 @@ class Understood(Exception):
     pass
 
 
-@pytest.mark.parametrize("script, argv", commands(), ids=lambda v: "-".join(v)[:60])
+@pytest.mark.parametrize(
+    "script, argv", commands(), ids=lambda v: v if isinstance(v, str) else " ".join(v)[:60]
+)
 def test_the_command_line_understands(script, argv, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
