@@ -1022,6 +1022,8 @@ def entry(main):
     try:
         main()
     except (ValueError, OSError) as error:
+        if getattr(error, "filename", None):
+            error = f"{error.filename}: {error.strerror}"  # without the errno
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
