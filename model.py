@@ -25,6 +25,7 @@ from arXiv 2405.21060 ("SSD paper"); the delay pattern is MusicGen's, arXiv 2306
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import math
@@ -908,10 +909,15 @@ def save_checkpoint(folder, lm, encoder, extra=None, files=None, dtype=None, wei
     for name, tensors in {"model.safetensors": weights, **(files or {})}.items():
         save_file(tensors, new / name)
     (new / "config.json").write_text(json.dumps(config, indent=1))
-    if folder.exists():
-        _remove(old)
-        os.rename(folder, old)
-    os.rename(new, folder)
+    while new.exists():
+        if folder.exists():
+            _remove(old)
+            os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if not folder.exists():  # else another process, reading, has just put the old one back
+                raise
     _remove(old)
 
 
@@ -922,7 +928,8 @@ def read_config(folder) -> dict:
     folder = Path(folder)
     old = folder.with_name(folder.name + ".old")
     if not folder.exists() and old.exists():  # killed between the two renames of save_checkpoint
-        os.rename(old, folder)
+        with contextlib.suppress(OSError):  # unless another process is between them now
+            os.rename(old, folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"no checkpoint at {folder}: expected a folder with config.json, as train.py makes, "

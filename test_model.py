@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,6 +307,24 @@ def test_a_checkpoint_interrupted_between_its_two_renames_is_found(tmp_path):
     model.save_checkpoint(tmp_path / "run", lm, encoder)
     (tmp_path / "run").rename(tmp_path / "run.old")
     model.load_checkpoint(tmp_path / "run")
+
+
+def test_who_reads_a_checkpoint_while_it_is_replaced_does_not_stop_it(tmp_path, monkeypatch):
+    lm, encoder = tiny()
+    folder, rename, moves = tmp_path / "run", os.rename, []
+    model.save_checkpoint(folder, lm, encoder, dict(step=1))
+
+    def read_between(source, target):
+        moves.append(Path(target).name)
+        if len(moves) == 2:  # run is run.old now, and run.new not yet run
+            assert model.read_config(folder)["step"] == 1
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", read_between)
+    model.save_checkpoint(folder, lm, encoder, dict(step=2))
+    assert moves == ["run.old", "run", "run", "run.old", "run"]
+    assert model.read_config(folder)["step"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_broken_checkpoints_get_one_sentence(tmp_path):
