@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from codec import FORMATS, SAMPLE_RATE, read_audio, write_text
-from model import entry
+from model import entry, read_lines
 
 SCALES = {  # the paper's three
     "Consistency": "Does the music hang together, in detail and as a whole: melody, rhythm, form?",
@@ -149,8 +149,7 @@ def main():
     args = parser.parse_args()
     if args.command == "tally":
         return print(table(*tally(args.folder, args.key)))
-    prompts = Path(args.prompts).read_text(encoding="utf-8").splitlines()
-    count = make_page(args.systems, prompts, args.out, args.count)
+    count = make_page(args.systems, read_lines(args.prompts), args.out, args.count)
     print(
         f"{args.out}: {count} prompts; keep {Path(args.out).with_suffix('.key.json')} to yourself"
     )

@@ -1023,14 +1023,21 @@ def add_arguments(parser, config, **defaults):
         )
 
 
+def read_lines(file):
+    """The lines of a text file of prompts. ValueError, one sentence, if it cannot be read."""
+    try:
+        with open(file, encoding="utf-8") as lines:
+            return [line.rstrip("\n") for line in lines]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} could not be read as prompts, one a line ({error})") from None
+
+
 def entry(main):
     """Runs a script's main(). What the user can mend comes as a ValueError, and is told in one
     sentence with exit status 2; an interrupt ends with 130."""
     try:
         main()
     except (ValueError, OSError) as error:
-        if getattr(error, "filename", None):
-            error = f"{error.filename}: {error.strerror}"  # without the errno
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -32,7 +32,15 @@ from tqdm import tqdm
 import ssd_kernel
 from codec import FORMATS, Picture, decode_stream, load_codec, read_audio, write_stream
 from diffusion import is_refiner, load_refiner, refine
-from model import entry, generate, load_checkpoint, load_text_encoder, prepared, read_config
+from model import (
+    entry,
+    generate,
+    load_checkpoint,
+    load_text_encoder,
+    prepared,
+    read_config,
+    read_lines,
+)
 
 ROOT = Path(__file__).parent
 SHIPPED, SHIPPED_REFINER = ROOT / "toy" / "lm", ROOT / "toy" / "refiner"
@@ -174,12 +182,7 @@ def given(args, names):
 def read_prompts(args):
     prompts = list(args.prompts)
     if args.file:
-        try:
-            prompts += [line for line in open(args.file, encoding="utf-8") if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{args.file} could not be read as prompts, one a line ({error})"
-            ) from None
+        prompts += [line for line in read_lines(args.file) if line.strip()]
     prompts = [prompt.strip() for prompt in prompts]
     if not prompts or not all(prompts):
         raise ValueError('say what to play, for example: python sample.py "jazz reggae"')

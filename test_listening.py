@@ -84,6 +84,14 @@ def test_bad_folders_get_one_sentence(tmp_path):
         listening.tally(tmp_path)
 
 
+def test_prompts_that_cannot_be_read_get_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "latin.txt").write_bytes("a waltz in a café\n".encode("latin-1"))
+    for name in ("none.txt", "latin.txt"):
+        monkeypatch.setattr("sys.argv", ["", "page", "a", "b", "--prompts", str(tmp_path / name)])
+        with pytest.raises(ValueError, match=f"{name} could not be read as prompts"):
+            listening.main()
+
+
 # ------------------------------------------------------------------------------ in a browser ----
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
