@@ -130,6 +130,10 @@ class Study:
     def folder(self, label, seed=0):
         return self.out / f"{label.replace(', ', '-').replace(' ', '-')}-{seed}"
 
+    def best(self, label):
+        """The checkpoint that is heard."""
+        return self.folder(label) / "best"
+
     def seeds(self, label):
         """Those of a language model. One with nine codebooks is slow, and its loss is compared to
         no other's: it is heard, and one run is enough for that."""
@@ -246,9 +250,9 @@ class Study:
         if self.usual is not QUICK:
             for label in VARIANTS:
                 found[f"{label}, {early} steps"] = self.folder(label) / f"step-{early}"
-        found |= {label: self.folder(label) / "best" for label in LMS}
+        found |= {label: self.best(label) for label in LMS}
         systems = {label: system_of(folder) for label, folder in found.items()}
-        return systems | {NEW: f"{found['simba']}+{self.folder('refiner, SSD') / 'best'}"}
+        return systems | {NEW: f"{found['simba']}+{self.best('refiner, SSD')}"}
 
     def hear(self, systems, seconds=10.0, **changes):
         """{label: system} -> rows of the quality table, and of the table of factors, of the task
@@ -301,7 +305,7 @@ class Study:
     # ----------------------------------------------------------------------------- the refiners ---
 
     def second_stages(self):
-        folders = {label: self.folder(label) / "best" for label in REFINERS | TUNED}
+        folders = {label: self.best(label) for label in REFINERS | TUNED}
         return folders | {"refiner that ships": SHIPPED_REFINER}
 
     def refined(self):
@@ -323,7 +327,7 @@ class Study:
             "language model that ships draws at each frame after the true ones."
         )
         self.table("refiners", "The second stage, from true first codebooks", rows, about)
-        curves = refining.loss_curves([self.folder(label) / "best" for label in REFINERS])
+        curves = refining.loss_curves([self.best(label) for label in REFINERS])
         self.figure(curves, "refiner-loss", "The new refiners' losses in training")
         rows = self.merged(self.refined())
         about = (
@@ -342,7 +346,7 @@ class Study:
         real = self.real_minutes(count, frames)
         losses, follows, costs = [], [], []
         for label in VARIANTS:
-            folder = self.folder(label) / "best"
+            folder = self.best(label)
             lm, encoder = load_checkpoint(folder), load_text_encoder(folder)
             if real is not None:
                 found = []  # (clips, frames) nats
