@@ -54,17 +54,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import captions
-from codec import (
-    SAMPLE_RATE,
-    Picture,
-    audio_blocks,
-    load_codec,
-    write_audio,
-    write_text,
-)
-from model import add_arguments, entry
-from sources import VOCAL, Options, folder_tracks, jamendo_tracks, musiccaps_tracks
+from audio import SAMPLE_RATE, Picture, audio_blocks, write_audio, write_text
+from codec import load_codec
+from options import add_arguments, entry
+from paper import captions
+from paper.sources import VOCAL, Options, folder_tracks, jamendo_tracks, musiccaps_tracks
 
 SHARD_BYTES = 256 << 20
 

@@ -29,17 +29,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model import (
-    FeedForward,
-    RMSNorm,
-    SelfAttention,
-    inverse_softplus,
-    load_weights,
-    log_uniform,
-    read_config,
-    sinusoids,
-    ssd,
-)
+from checkpoint import load_weights, read_config
+from model import FeedForward, RMSNorm, SelfAttention, inverse_softplus, log_uniform, sinusoids, ssd
 
 # ------------------------------------------------------------------------------------------------
 # 1  The noise

@@ -23,24 +23,21 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import ssd_kernel
-from codec import FORMATS, Picture, decode_stream, load_codec, read_audio, write_stream
+from audio import FORMATS, Picture, read_audio, write_stream
+from checkpoint import load_checkpoint, load_text_encoder, read_config
+from codec import decode_stream, load_codec
 from diffusion import is_refiner, load_refiner, refine
-from model import (
-    entry,
-    generate,
-    load_checkpoint,
-    load_text_encoder,
-    prepared,
-    read_config,
-    read_lines,
-)
+from model import LMState, Mamba2, mamba_step
+from options import entry, read_lines
 
 ROOT = Path(__file__).parent
 SHIPPED, SHIPPED_REFINER = ROOT / "toy" / "lm", ROOT / "toy" / "refiner"
@@ -49,6 +46,192 @@ PLAYERS = (
     ["aplay", "-q", "-f", "S16_LE", "-c", "1", "-r"],
     ["play", "-q", "-t", "raw", "-e", "signed", "-b", "16", "-c", "1", "-", "-r"],
 )
+
+
+LARGE = 50_000_000  # parameters, from where on a step of one sample keeps the machine busy
+LANES = 4  # samples that a smaller model makes at once
+
+
+def prepared(lm, device):
+    """The model on its device, as it samples best. A step reads every weight and does little else,
+    so the matrices of a large model become bf16, half the bytes, where the hardware multiplies
+    those. Vectors, convolutions and all states stay fp32. On a CPU with a C++ compiler the middle
+    of Mamba-2 is compiled (it takes seconds, once), to pass over the states once, not four times.
+    """
+    device = torch.device(device)
+    if is_large(lm):
+        core = mamba_step
+        if device.type == "cpu" and any(map(shutil.which, ("g++", "clang++"))):
+            core = torch.compile(mamba_step, dynamic=False)
+        for layer in lm.modules():
+            if isinstance(layer, Mamba2):
+                layer.core = core
+            if isinstance(layer, nn.Linear) and multiplies_bf16(device):
+                layer.weight.data = layer.weight.data.bfloat16()
+    return lm.to(device)
+
+
+def is_large(lm):
+    return sum(p.numel() for p in lm.parameters()) >= LARGE
+
+
+def multiplies_bf16(device):
+    has = torch.cpu._is_avx512_bf16_supported
+    return device.type == "cuda" or device.type == "cpu" and has()
+
+
+def precision(lm):
+    """The autocast that a `prepared` model runs under: bf16 where its matrices are."""
+    weight = lm.heads[0].weight
+    half = weight.dtype == torch.bfloat16
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+
+
+def guided(logits, guidance):
+    """Classifier-free guidance: logits of both halves (2 B, ...) -> (B, ...)."""
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def sample_tokens(logits, uniform, temperature=1.2, top_k=250, top_p=1.0):
+    """One token per row by inverting the cumulative distribution.
+
+    logits (..., V), uniform (...) in [0, 1) -> tokens (...). The last entry of the vocabulary, the
+    special token, is never chosen. Keeps the top_k likeliest tokens, and of those the fewest whose
+    probability reaches top_p.
+    """
+    logits = logits[..., :-1].float() / temperature
+    p, tokens = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))  # sorted, likeliest first
+    p = p * (p.cumsum(-1) - p < top_p)
+    cumulative = p.cumsum(-1)
+    choice = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1, keepdim=True)
+    return tokens.gather(-1, choice.clamp(max=tokens.shape[-1] - 1)).squeeze(-1)
+
+
+@torch.inference_mode()
+def generate(
+    lm, encoder, prompts, frames, seeds, *, negative="", guidance=3.0, temperature=1.2, top_k=250,
+    top_p=1.0, codes=None, block=64, lanes=None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Samples `frames` frames for each prompt; yields blocks (R, K, up to `block`) on the way.
+
+    prompts: R strings; seeds: R integers; negative: the prompt of guidance's other half; codes
+    (R, K, T): music to continue, which is not yielded again. Memory does not grow with `frames`
+    (but for the Transformer, whose cache does).
+
+    Classifier-free guidance: logits = without + guidance (with - without the prompt), both halves
+    in one batch (SSMTTM IV-A).
+
+    A sample depends on its prompt and its seed alone, to the last bit, however many others are made
+    beside it: a matrix product of another height rounds differently, so the batch always runs in
+    groups of `lanes`, the last filled up, and every prompt is read by itself. (By default LANES, or
+    one where the model is large.)
+    """
+    lanes = lanes or (1 if is_large(lm) else LANES)
+    if codes is None:
+        codes = torch.empty(len(prompts), len(lm.heads), 0, dtype=torch.long)
+    options = dict(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    groups = [
+        _generate_lanes(
+            lm, encoder, prompts[i : i + lanes], negative, frames, seeds[i : i + lanes],
+            codes[i : i + lanes], block, lanes, **options,
+        )
+        for i in range(0, len(prompts), lanes)
+    ]  # fmt: skip
+    for blocks in zip(*groups):
+        yield torch.cat(blocks)
+
+
+def _generate_lanes(
+    lm, encoder, prompts, negative, frames, seeds, codes, block, lanes,
+    guidance, temperature, top_k, top_p,
+):  # fmt: skip
+    rows, K, device = len(prompts), len(lm.heads), next(lm.parameters()).device
+    codes, fill = codes.to(device), lanes - rows
+    room, step = frames + K - 1, None
+    width = 1 if lm.config.prefix else encoder.max_tokens  # cross-attention sees one width
+
+    def read(prompt, row):
+        with precision(lm):
+            return lm.prefill(*encoder([prompt], width), codes[row : row + 1], room)
+
+    first = [read(prompt, row) for row, prompt in enumerate(prompts)]
+    first += first[:1] * fill
+    if guidance != 1:
+        unread = (
+            [read(negative, row) for row in range(rows)]
+            if codes.shape[2]
+            else [read(negative, 0)] * rows
+        )
+        first += unread + unread[:1] * fill
+    logits = torch.cat([logits for logits, _ in first])  # (lanes or 2 lanes, K, V)
+    state = _stack([state for _, state in first])
+
+    # Columns that are (partly) known before sampling begins: the fine codebooks of the music to
+    # continue lag behind its coarse ones, and of nothing at all they are "not yet".
+    known = lm.delay(codes)[:, :, codes.shape[2] + 1 :]  # (rows, K, K - 1)
+    known = torch.cat([known, known[:1].expand(fill, -1, -1)])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    columns, done = [], []
+    for s in range(frames + K - 1):
+        if s % block == 0:
+            uniform = torch.stack([torch.rand(block, K, generator=g) for g in generators])
+            uniform = torch.cat([uniform, uniform[:1].expand(fill, -1, -1)]).to(device)
+        if guidance != 1:
+            logits = guided(logits, guidance)
+        column = sample_tokens(
+            logits, uniform[:, s % block], temperature, top_k, top_p
+        )  # (lanes, K)
+        if s < K - 1:
+            column[:, s + 1 :] = known[:, s + 1 :, s]
+        columns = (columns + [column])[-K:]
+        if len(columns) == K:  # frame s - K + 1 has all its codebooks now
+            done.append(torch.stack([columns[k][:rows, k] for k in range(K)], 1))
+        if len(done) == block or s == frames + K - 2:
+            yield torch.stack(done, 2).cpu()
+            done = []
+        if s < frames + K - 2:
+            column = column if guidance == 1 else torch.cat([column, column])
+            with precision(lm):
+                step = step or _stepper(lm, column, state)
+                logits = step(column)
+
+
+def _stepper(lm, column, state):
+    """lm.step with this state, as a function of the column; on a GPU it is recorded as a CUDA graph
+    and replayed, one launch instead of a few hundred."""
+    if column.device.type != "cuda":
+        return lambda column: lm.step(column, state)
+    column = column.clone()  # a graph reads and writes the same memory at every replay
+    remembered = [state.position, *(v for block in state.blocks for layer in block for v in layer)]
+    before = [v.clone() for v in remembered]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        lm.step(column, state)  # kernels are compiled and libraries woken up outside the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = lm.step(column, state)
+    for v, old in zip(remembered, before):
+        v.copy_(old)
+
+    def replay(new):
+        column.copy_(new)
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def _stack(states):
+    """Joins the LMStates of single rows into that of a batch."""
+    blocks = [
+        [type(layer[0])(*map(torch.cat, zip(*layer))) for layer in zip(*block)]
+        for block in zip(*(state.blocks for state in states))
+    ]
+    position, tempo = (torch.cat(v) for v in zip(*(state[1:] for state in states)))
+    return LMState(blocks, position, tempo)
 
 
 def main(argv=None):

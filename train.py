@@ -35,25 +35,23 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import budget
 import ssd_kernel
-from codec import FRAME_RATE, load_codec, write_text
-from data import Clips
-from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss
-from model import (
-    VARIANTS,
-    LMConfig,
-    MusicLM,
-    TextEncoder,
-    add_arguments,
-    entry,
+from audio import FRAME_RATE, write_text
+from checkpoint import (
     load_checkpoint,
     load_text_encoder,
-    multiplies_bf16,
     read_config,
     read_tensors,
     save_checkpoint,
 )
+from codec import load_codec
+from data import Clips
+from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss
+from model import VARIANTS, LMConfig, MusicLM
+from options import add_arguments, entry
+from paper import budget
+from sample import multiplies_bf16
+from text import TextEncoder
 
 ROOT = Path(__file__).parent
 
@@ -380,11 +378,11 @@ def shape_of(folder, asked, argv):
 
 def open_data(name, refining=False):
     """-> the data folder, and describe(row, rng) -> caption."""
-    import toy
+    from toy import corpus, words
 
-    folder = toy.corpus() if name == "toy" else Path(name)
+    folder = corpus.folder() if name == "toy" else Path(name)
     # The sketch has the genre in it already. What a refiner needs the words for is the lead.
-    draw = toy.caption_with_lead if refining else toy.caption
+    draw = words.caption_with_lead if refining else words.caption
 
     def describe(row, rng):
         return draw(row["factors"], rng) if "factors" in row else row["caption"]
@@ -393,9 +391,9 @@ def open_data(name, refining=False):
 
 
 def new_encoder(name):
-    import toy
+    from toy import corpus
 
-    return toy.text_encoder() if name == "toy" else TextEncoder.pretrained(name)
+    return corpus.text_encoder() if name == "toy" else TextEncoder.pretrained(name)
 
 
 # ------------------------------------------------------------------------- several processes ----

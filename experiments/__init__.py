@@ -1,0 +1,1 @@
+"""The study and the benchmarks."""

@@ -1,0 +1,274 @@
+"""Captions and vocals: the words are read and made as claimed, and the code around the big models
+holds on small ones of the same interface, with random weights."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_data import lines, tone, write_song
+
+import data
+from paper import captions, sources
+from paper.captions import LPMusicCaps, Rephraser, Separator, mentions_vocals, read_table
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "caption, vocal",
+    [
+        ("A woman sings a sad song over piano", True),
+        ("Male vocalist, acoustic guitar", True),
+        ("a choir and an organ", True),
+        ("Rapping over a boom bap beat", True),
+        ("No vocals, only strings", True),
+        ("Lyrics in French", True),
+        ("a soprano over strings", True),
+        ("tenor sax and a baritone saxophone", False),
+        ("A rapid single strings chorus effect in a classing key", False),
+        ("The single has a passing bass", False),
+        ("a rapid chorus of baritone saxophones, a trap beat", False),
+        ("Using strings", False),
+    ],
+)
+def test_words_for_voices_are_found(caption, vocal):
+    assert mentions_vocals(caption) is vocal
+
+
+def test_a_sentence_is_made_from_tags():
+    sentence = captions.sentence_from_tags
+    tags = ["genre---triphop", "genre---funk", "instrument---piano", "instrument---drummachine",
+            "instrument---voice", "mood/theme---dark"]  # fmt: skip
+    assert sentence(tags) == "A dark trip hop and funk track with piano and drum machine."
+    assert "voice" in sentence(tags, vocals=True)
+    assert sentence(["mood/theme---epic"]) == "An epic track."
+    assert sentence([]) == sentence(["instrument---voice"]) == ""
+
+
+def test_tables_of_captions_are_read_in_every_form(tmp_path):
+    expected = {"a.wav": "one", "b/c.wav": 'two, "three"'}
+    folder = tmp_path / "tsv and others"  # the extension counts, not the folder's name
+    folder.mkdir()
+    (folder / "t.csv").write_text('path,caption\na.wav,one\nb/c.wav,"two, ""three"""\n')
+    (folder / "t.tsv").write_text('caption\ttrack_id\none\ta.wav\ntwo, "three"\tb/c.wav\n')
+    rows = [{"path": k, "caption": v} for k, v in expected.items()]
+    rows += [{"path": "a.wav", "caption": "later"}, {"path": "d.wav", "caption": " "}]
+    (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    for name in ("t.csv", "t.tsv", "t.jsonl"):
+        assert read_table(str(folder / name)) == expected
+
+
+@pytest.mark.parametrize(
+    "name, text, sentence",
+    [
+        ("t.csv", "file,words\na,b\n", "needs `path` and `caption`"),
+        ("t.jsonl", "no json", "could not be read as a table"),
+        ("gone.csv", None, "could not be read as a table"),
+        ("t.parquet", "PAR1", "pyarrow"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, name, text, sentence):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    if text:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        read_table(str(tmp_path / name))
+
+
+def test_published_captions_come_as_parquet_from_the_hub(tmp_path, monkeypatch):
+    rows = [{"location": "14/214.mp3", "caption": ["a song", "another"]}]
+    table = SimpleNamespace(to_pylist=lambda: rows)
+    parquet = ModuleType("pyarrow.parquet")
+    parquet.read_table = lambda path: table
+    package = ModuleType("pyarrow")
+    package.parquet = parquet
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
+    asked = []
+    fetch = lambda name, *rest: asked.append(name) or tmp_path / "train.parquet"
+    monkeypatch.setattr(captions, "download", fetch)
+    assert read_table("disco-eth/jamendo-fma-captions") == {"14/214.mp3": "a song"}
+    assert asked == ["disco-eth/jamendo-fma-captions"]
+
+
+def test_a_table_gives_a_folder_its_captions(tmp_path):
+    for name in ("a", "b", "c"):
+        write_song(tmp_path / f"music/{name}.wav", tone(2), caption=None)
+    (tmp_path / "music/c.txt").write_text("from beside it")
+    (tmp_path / "t.csv").write_text("path,caption\na.wav,from the table\n")
+    table = ["--captions", str(tmp_path / "t.csv")]
+    data.main(["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d"), *table])
+    found = {
+        (r["track"], r["caption"], r["caption_from"]) for r in lines(tmp_path / "d/manifest.jsonl")
+    }
+    assert found == {("a.wav", "from the table", "table"), ("c.wav", "from beside it", "sidecar")}
+
+
+# ------------------------------------------------------------------ stand-ins for the models ----
+
+
+def tokenizer():
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer.from_file(str(ROOT / "toy/tokenizer.json"))
+    made = PreTrainedTokenizerFast(tokenizer_object=inner)
+    made.add_special_tokens(dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory):
+    """A folder as LP-MusicCaps' users have it, with a small BART of random weights."""
+    from transformers import BartConfig
+
+    folder, words = tmp_path_factory.mktemp("lp-music-caps"), tokenizer()
+    words.save_pretrained(folder)
+    sizes = dict(d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_layers=1,
+                 decoder_layers=1, encoder_attention_heads=2,
+                 decoder_attention_heads=2)  # fmt: skip
+    config = BartConfig(
+        vocab_size=len(words), max_position_embeddings=200, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+        decoder_start_token_id=words.eos_token_id, forced_eos_token_id=words.eos_token_id, **sizes,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    torch.save({"state_dict": {}}, folder / "transfer.pth")  # let it start, then keep its weights
+    with pytest.raises(ValueError, match="is no captioner: it lacks"):
+        LPMusicCaps(folder)
+    load, LPMusicCaps._load = LPMusicCaps._load, lambda self, file: None
+    weights = LPMusicCaps(folder).state_dict()
+    LPMusicCaps._load = load
+    published = {"audio_encoder.mel_encoder.mel_scale.fb": torch.zeros(513, 128)}
+    torch.save({"state_dict": weights | published}, folder / "transfer.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder, words = tmp_path_factory.mktemp("chat"), tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    words.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, max_position_embeddings=1024,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_captioner_describes_each_ten_seconds(captioner):
+    model = LPMusicCaps(captioner)
+    audio = torch.from_numpy(tone(30)).float()[None]
+    assert len(model(audio)) == 3 and len(model(audio[:, : 44100 * 12])) == 2
+    assert len(model(audio[:, :44100])) == 1, "short clips are filled up"
+    assert model(audio) == model(audio) and all(isinstance(text, str) for text in model(audio))
+
+
+def test_the_captioners_spectrogram_is_in_dB_of_mel_bands(captioner):
+    mel = LPMusicCaps(captioner).log_mel(torch.from_numpy(tone(10, 16000, 1000.0)).float()[None])
+    assert mel.shape == (1, 128, 1001)
+    edges = 700 * np.expm1(np.linspace(0, np.log1p(8000 / 700), 130))
+    assert abs(edges[1 + int(mel[0].mean(1).argmax())] - 1000) < 40, "its band holds the tone"
+    assert mel.min() >= -100.001
+
+
+def test_a_chat_model_makes_one_caption_of_three(chat_model):
+    rephrase = Rephraser(chat_model)
+    parts = ["a calm piano", "a calm piano with drums", "drums"]
+    said = rephrase(parts)
+    assert isinstance(said, str) and said and said == rephrase(parts)
+    assert "{captions}" in captions.PROMPT
+
+
+def test_a_silent_chat_model_leaves_the_captions_as_they_are(chat_model):
+    rephrase = Rephraser(chat_model)
+    eos = rephrase.tokenizer.eos_token_id
+    rephrase.model.generate = lambda input_ids, **_: torch.cat(
+        [input_ids, torch.tensor([[eos]])], 1
+    )
+    assert rephrase(["one.", "two.", "one."]) == "one. two."
+
+
+@pytest.mark.parametrize(
+    "answer, text",
+    [
+        ('Here is the description:\n\n"A calm piano piece."', "A calm piano piece."),
+        ("A calm\n piano piece. ", "A calm piano piece."),
+        ("  ", ""),
+    ],
+)
+def test_courtesies_are_cut(answer, text):
+    assert captions.tidy(answer) == text
+
+
+@pytest.fixture
+def demucs(monkeypatch):
+    """HTDemucs' interface: four stems, the vocals being half of everything."""
+    calls = []
+
+    def apply_model(model, mix, shifts, split, overlap, device):
+        assert mix.shape[:2] == (1, 2) and (shifts, split, overlap) == (0, True, 0.25)
+        assert abs(mix.mean()) < 1e-3 and abs(mix.std() - 1) < 1e-2, "normalised, as in training"
+        calls.append(mix.shape[2])
+        share = torch.tensor([0.1, 0.2, 0.2, 0.5]).view(4, 1, 1)
+        return (share * mix)[None]
+
+    def get_model(name):
+        assert name == "htdemucs"
+        model = torch.nn.Identity()
+        model.sources = ["drums", "bass", "other", "vocals"]
+        return model
+
+    for name, entries in {
+        "demucs": {}, "demucs.apply": dict(apply_model=apply_model),
+        "demucs.pretrained": dict(get_model=get_model),
+    }.items():  # fmt: skip
+        module = ModuleType(name)
+        module.__dict__.update(entries)
+        monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+def test_vocals_are_taken_out_and_the_rest_keeps_its_level(demucs):
+    audio = torch.from_numpy(tone(2)).float()[None]
+    rest = Separator()(audio)
+    assert rest.shape == audio.shape and torch.allclose(rest, audio / 2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (Separator, "pip install demucs.*--keep-vocals"),
+        (lambda: Rephraser("./no-such-model"), "chat model ./no-such-model could not be loaded"),
+        (lambda: LPMusicCaps("./no-such-model"), "facebook/bart-base"),
+    ],
+)
+def test_a_missing_model_is_one_sentence_with_the_cure(monkeypatch, make, sentence):
+    monkeypatch.setitem(sys.modules, "demucs", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=sentence) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_the_whole_road_vocals_out_and_captions_by_models(tmp_path, demucs, captioner, chat_model):
+    write_song(tmp_path / "music/a.wav", np.r_[tone(22), tone(4, pitch=300.0)], caption=None)
+    write_song(tmp_path / "music/sung.wav", tone(3), caption="a singer with a guitar")
+    data.main([
+        "folder", str(tmp_path / "music"), "--out", str(tmp_path / "d"), "--no-keep-vocals",
+        "--no-keep-vocal-captions", "--captioner", str(captioner), "--rephraser", str(chat_model),
+    ])  # fmt: skip
+    (row,) = lines(tmp_path / "d/manifest.jsonl")
+    assert row["caption"] and row["caption_from"] == f"{captioner}, {chat_model}"
+    assert len(demucs) == 2, "each clip, once"
+    (skipped,) = lines(tmp_path / "d/skipped.jsonl")
+    assert skipped["reason"] == sources.VOCAL and skipped["path"].endswith("sung.wav")

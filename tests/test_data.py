@@ -1,0 +1,637 @@
+"""Data folders: what goes in comes out, batches repeat, and bad files are named, not fatal."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+import data
+from audio import audio_blocks, resampled
+from data import Clips, Writer
+from paper import sources
+
+CODEC = SimpleNamespace(name="toy", codebooks=9, codebook_size=1024, sample_rate=44100, hop=512)
+ROOT = Path(__file__).parents[1]
+
+
+def some_clips(n, seed=0):
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        codes = rng.integers(1024, size=(9 if i % 2 else 1, 40 + i))
+        yield codes, dict(split="valid" if i % 5 == 0 else "train", caption=f"clip {i}")
+
+
+def describe(row, rng):
+    return row["caption"]
+
+
+def test_clips_come_back_as_written_over_several_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_BYTES", 2000)
+    written = list(some_clips(20))
+    for part in (written[:7], written[7:]):  # the second writer goes on where the first ended
+        Writer(tmp_path, CODEC).add(part)
+    assert len(list(tmp_path.glob("codes-*.bin"))) > 2
+    for split in ("train", "valid"):
+        clips = Clips(tmp_path, split, codebooks=1)
+        expected = [(c, r) for c, r in written if r["split"] == split]
+        assert len(clips) == len(expected)
+        for i, (codes, row) in enumerate(expected):
+            assert clips.rows[i]["caption"] == row["caption"]
+            assert (clips.codes(i) == codes[:1]).all()
+            assert (clips.codes(i, 5, 10) == codes[:1, 5:15]).all()
+    full = Clips(tmp_path, "train", codebooks=9)
+    assert [r["caption"] for r in full.rows] == [
+        r["caption"] for c, r in written if r["split"] == "train" and len(c) == 9
+    ]
+
+
+def test_a_clip_that_was_being_written_when_the_process_died_is_gone(tmp_path):
+    written = list(some_clips(6))
+    Writer(tmp_path, CODEC).add(written[:4])
+    with open(tmp_path / "manifest.jsonl", "a") as file:
+        file.write('{"shard": 0, "off')
+    with open(tmp_path / "codes-00000.bin", "ab") as file:
+        file.write(b"half a clip")
+    Writer(tmp_path, CODEC).add(written[4:])
+    clips = Clips(tmp_path, "train")
+    assert [r["caption"] for r in clips.rows] == [f"clip {i}" for i in range(1, 5)]
+    assert (clips.codes(3) == written[4][0][:1]).all()
+
+
+def test_batches_are_a_function_of_seed_and_sample_number(tmp_path):
+    Writer(tmp_path, CODEC).add(some_clips(20))
+    clips = Clips(tmp_path, "train")
+    codes, captions = clips.batch(0, 40, 32, 1, describe)
+    assert codes.shape == (40, 1, 32)
+    assert sorted(captions[:16]) == sorted(r["caption"] for r in clips.rows)  # an epoch: each once
+    assert captions[:16] != captions[16:32]
+    halves = [clips.batch(first, 20, 32, 1, describe) for first in (0, 20)]
+    assert (np.concatenate([c.numpy() for c, _ in halves]) == codes.numpy()).all()
+    other, _ = clips.batch(0, 40, 32, 2, describe)
+    assert (other != codes).any()
+
+
+def test_a_crop_is_the_beginning_of_a_window_of_its_clip(tmp_path):
+    Writer(tmp_path, CODEC).add(some_clips(20))
+    clips = Clips(tmp_path, "train")
+
+    def starts(window):
+        codes, captions = clips.batch(0, 40, 8, 1, describe, window=window)
+        names = [row["caption"] for row in clips.rows]
+        for crop, caption in zip(codes.numpy(), captions):
+            clip = clips.codes(names.index(caption))
+            yield next(s for s in range(60) if (clip[:, s : s + 8] == crop).all())
+
+    assert set(starts(window=100)) == {0}
+    assert max(starts(window=50)) < 10 < max(starts(window=0)), "anywhere in the clip"
+
+
+def test_short_clips_are_padded_with_the_special_token(tmp_path):
+    Writer(tmp_path, CODEC).add(some_clips(2))
+    codes, _ = Clips(tmp_path, "train").batch(0, 1, 100, 0, describe)
+    assert (codes[0, :, 41:] == 1024).all() and (codes[0, :, :41] < 1024).all()
+
+
+def test_captions_are_dropped_at_the_rate_asked(tmp_path):
+    Writer(tmp_path, CODEC).add(some_clips(20))
+    _, captions = Clips(tmp_path, "train").batch(0, 4000, 4, 0, describe, caption_dropout=0.1)
+    assert captions.count("") / 4000 == pytest.approx(0.1, abs=0.015)
+
+
+def test_bad_folders_get_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="no data at"):
+        Clips(tmp_path / "none", "train")
+    Writer(tmp_path, CODEC).add(some_clips(3))
+    with pytest.raises(ValueError, match="made by the codec 'toy'"):
+        Clips(tmp_path, "train", codec="dac")
+    with pytest.raises(ValueError, match="no test clips"):
+        Clips(tmp_path, "test")
+    with pytest.raises(ValueError, match="begun with another codec"):
+        Writer(tmp_path, SimpleNamespace(**{**vars(CODEC), "name": "dac"}))
+    (tmp_path / "manifest.jsonl").write_text("nonsense\n")
+    with pytest.raises(ValueError, match="broken"):
+        Clips(tmp_path, "train")
+
+
+# ----------------------------------------------------------------------- from audio to clips ----
+
+
+def tone(seconds, rate=44100, pitch=440.0):
+    return 0.3 * np.sin(2 * np.pi * pitch * np.arange(round(seconds * rate)) / rate)
+
+
+def write_song(path, audio, rate=44100, caption="a tone", **format):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:  # soundfile itself takes no names that are not text
+        soundfile.write(file, audio, rate, **{"format": "WAV", **format})
+    if caption is not None:
+        path.with_suffix(".txt").write_bytes(
+            caption if isinstance(caption, bytes) else caption.encode()
+        )
+
+
+def lines(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+FINISHED = {
+    "codes-00000.bin", "histogram.png", "manifest.jsonl", "meta.json", "plan.json",
+    "skipped.jsonl", "summary.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def torture(tmp_path_factory):
+    """A folder with everything that people's music folders hold; -> the folder, {bad: reason}."""
+    music = tmp_path_factory.mktemp("music")
+    two = tone(2)
+    write_song(music / "plain.wav", two)
+    write_song(music / "deep/two words.flac", np.stack([two, two], 1), 48000, format="FLAC")
+    write_song(music / "quo\"te's $HOME.wav", two)
+    write_song(music / "new\nline.wav", two)
+    write_song(Path(os.fsdecode(os.fsencode(music) + b"/caf\xe9.wav")), two)
+    write_song(music / "ünï.ogg", two, format="OGG")
+    write_song(music / "song.mp3", two, format="MP3")
+    write_song(music / "CAPITAL.WAV", two)
+    write_song(music / "8-bit.wav", two, subtype="PCM_U8")
+    write_song(music / "5.1.wav", np.stack([two] * 6, 1))
+    write_song(music / "192k.wav", tone(2, 192000), 192000, subtype="FLOAT")
+    write_song(music / "flac in truth.wav", two, format="FLAC")
+    write_song(music / "beyond full scale.wav", 9 * two, subtype="FLOAT")
+    write_song(music / "a long one.wav", tone(40, 8000), 8000)
+    write_song(music / "bom.wav", two, caption=b"\xef\xbb\xbfa tone")
+    (music / "link.wav").symlink_to(music / "plain.wav")
+    (music / "link.txt").write_text("a tone")
+    (music / "deep/up").symlink_to(music)  # a loop of folders
+    (music / "folder.wav").mkdir()
+    good = 16
+
+    bad = {}
+    for name, audio, reason in [
+        ("silent.wav", 0 * two, "is silent"),
+        ("empty.wav", two[:0], "holds no samples"),
+        ("one sample.wav", two[1:2], "is shorter than a second"),
+        (
+            "nan.wav",
+            np.where(np.arange(len(two)) == 9, np.nan, two),
+            "samples that are not numbers",
+        ),
+        ("nan at the end.wav", np.r_[tone(9), np.nan], "samples that are not numbers"),
+        ("infinite.wav", np.r_[two, np.inf], "samples that are not numbers"),
+    ]:
+        write_song(music / name, audio, subtype="FLOAT")
+        bad[name] = reason
+    for name, caption, reason in [
+        ("untold.wav", None, "has no caption: expected untold.txt beside it"),
+        ("latin.wav", "caf\xe9".encode("latin-1"), "caption that is not UTF-8 text: latin.txt"),
+        ("blank.wav", " \n", "empty caption: blank.txt"),
+    ]:
+        write_song(music / name, two, caption=caption)
+        bad[name] = reason
+    noise = np.random.default_rng(0).bytes(5000)
+    for name, content, reason in [
+        ("text.mp3", b"This is no music.", "is not readable audio"),
+        ("zero.wav", b"", "is not readable audio"),
+        ("noise.ogg", noise, "is not readable audio"),
+        ("corrupt.flac", b"fLaC" + noise, "is not readable audio"),
+        ("cut.flac", (music / "deep/two words.flac").read_bytes()[:20000], "is not readable audio"),
+        ("cut.wav", (music / "plain.wav").read_bytes()[:30], "is not readable audio"),
+        ("no rate.wav", _with_rate(music / "plain.wav", 0), "is not readable audio"),
+        ("mad rate.wav", _with_rate(music / "plain.wav", 2**31 - 1), "sampling rate is said to be"),
+        ("video.m4a", noise, "ffmpeg, which reads more formats, is not installed"),
+    ]:
+        (music / name).write_bytes(content)
+        (music / name).with_suffix(".txt").write_text("a caption")
+        bad[name] = reason
+    (music / "loop.wav").symlink_to(music / "loop.wav")
+    (music / "dangling.wav").symlink_to(music / "nowhere")
+    os.mkfifo(music / "pipe.wav")  # reading it would wait for ever
+    bad |= dict.fromkeys(
+        ["loop.wav", "dangling.wav", "pipe.wav"], "broken or circular link, or no f"
+    )
+    if os.geteuid():
+        write_song(music / "unreadable.wav", two)
+        (music / "unreadable.wav").chmod(0)
+    else:  # root reads all but this
+        (music / "unreadable.wav").symlink_to("/proc/self/mem")
+        (music / "unreadable.txt").write_text("a caption")
+    bad["unreadable.wav"] = "cannot be read"
+    return music, good, bad
+
+
+def _with_rate(path, rate):
+    header = bytearray(path.read_bytes())
+    header[24:28] = rate.to_bytes(4, "little")
+    return bytes(header)
+
+
+def test_a_torture_folder_keeps_what_is_good_and_names_what_is_bad(torture, tmp_path, monkeypatch):
+    music, good, bad = torture
+    monkeypatch.setenv("PATH", "")  # no ffmpeg
+    before = sorted(os.walk(music))
+    data.main(
+        ["folder", str(music), "--out", str(tmp_path / "data"), "--seconds", "2", "--valid", "0.3"]
+    )
+    assert {p.name for p in (tmp_path / "data").iterdir()} == FINISHED
+    assert sorted(os.walk(music)) == before and good + len(bad) >= 25
+    skipped = {
+        os.path.basename(s["path"]): s["reason"] for s in lines(tmp_path / "data/skipped.jsonl")
+    }
+    assert skipped.keys() == bad.keys()
+    for name, reason in bad.items():
+        told = skipped[name]
+        assert reason in told and "\n" not in told and str(music) not in told
+    rows = lines(tmp_path / "data/manifest.jsonl")
+    assert len({row["path"] for row in rows}) == good
+    assert all(os.path.isfile(row["path"]) for row in rows), "names come back, whatever their bytes"
+    assert all(row["licence"] == "unknown" and row["source"] == "folder" for row in rows)
+    long = [row["start"] for row in rows if row["track"] == "a long one.wav"]
+    assert len(long) == 20 and np.allclose(np.diff(long), 172 * 512 / 44100)
+    train, valid = (Clips(tmp_path / "data", split, 9, "toy") for split in ("train", "valid"))
+    assert len(train) + len(valid) == len(rows) and train.meta["codebooks"] == 9
+    tracks = [{row["track"] for row in clips.rows} for clips in (train, valid)]
+    assert not tracks[0] & tracks[1], "a track is on one side"
+
+
+def test_what_soundfile_cannot_read_ffmpeg_may(tmp_path, monkeypatch):
+    (tmp_path / "music").mkdir()
+    (tmp_path / "music/song.m4a").write_bytes(b"not for libsndfile")
+    (tmp_path / "music/song.txt").write_text("a tone")
+    (tmp_path / "bin").mkdir()
+    tone(2).astype("<f4").tofile(tmp_path / "decoded")
+    stand_in = tmp_path / "bin/ffmpeg"
+    stand_in.write_text(
+        f'#!/bin/sh\ncase "$*" in *file:*song.m4a*) cat {tmp_path}/decoded;; *) exit 1;; esac\n'
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/bin:/usr/bin")
+    heard = np.concatenate(list(audio_blocks(tmp_path / "music/song.m4a")))
+    assert np.allclose(heard, tone(2))
+    (tmp_path / "music/other.wma").write_bytes(b"neither this")
+    with pytest.raises(ValueError, match="other.wma is not readable audio"):
+        list(audio_blocks(tmp_path / "music/other.wma"))
+
+
+@pytest.mark.parametrize("rate", [8000, 44100, 48000, 192000])
+def test_blocks_are_the_samples_of_the_whole(rate):
+    from scipy.signal import resample_poly
+
+    audio = np.random.default_rng(rate).normal(size=3 * rate + 17).astype(np.float32)
+    blocks = np.split(audio, [1, 900, 902, rate, 2 * rate + 5])
+    common = np.gcd(rate, 44100)
+    whole = resample_poly(audio, 44100 // common, rate // common) if rate != 44100 else audio
+    assert (np.concatenate(list(resampled(iter(blocks), rate))) == whole).all()
+
+
+def test_memory_does_not_grow_with_a_file(tmp_path):
+    """Ten minutes, in FLAC at 48 kHz, made and read by blocks: less than 60 MB of them are held."""
+    import tracemalloc
+
+    with soundfile.SoundFile(tmp_path / "long.flac", "w", 48000, 2) as file:
+        for _ in range(60):
+            file.write(np.stack([tone(10, 48000)] * 2, 1))
+    tracemalloc.start()
+    seconds = sum(audio.shape[1] for _, audio in data.clips_of(tmp_path / "long.flac", 30 * 44100))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds == 600 * 44100 and peak < 60e6  # the whole would be 106 MB, four times over
+
+
+# ------------------------------------------------------------- killed, divided, gone on with ----
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory):
+    """Eight songs, two of them bad; -> their folder, the command, an undisturbed result."""
+    music, out = tmp_path_factory.mktemp("songs"), tmp_path_factory.mktemp("whole") / "data"
+    for i in range(8):
+        write_song(music / f"{i}.wav", tone(1.2 + 0.4 * i, pitch=200 + 30 * i), caption=f"tune {i}")
+    (music / "3.wav").write_text("no music")
+    write_song(music / "7.wav", 0 * tone(3))
+    command = ["folder", str(music), "--seconds", "2", "--valid", "0.3", "--out"]
+    data.main([*command, str(out)])
+    return music, command, contents(out)
+
+
+def start(*command, **environment):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "data.py"), *map(str, command)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_wherever_a_file_appears_and_begun_again_the_result_is_the_same(
+    songs, tmp_path, monkeypatch
+):
+    _, command, whole = songs
+
+    class Killed(BaseException):
+        pass
+
+    replace = os.replace
+    for point in itertools.count():  # the point-th renaming is the last thing that happens
+        out, left = tmp_path / str(point), [point]
+
+        def until_killed(a, b, left=left):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            replace(a, b)
+
+        monkeypatch.setattr(os, "replace", until_killed)
+        try:
+            data.main([*command, str(out)])
+            break
+        except Killed:
+            assert not (out / "manifest.jsonl").exists(), "the manifest comes last"
+        monkeypatch.setattr(os, "replace", replace)
+        if point % 4 == 0:
+            data.main([*command, str(out)])
+            assert contents(out) == whole
+    assert point > 12 and contents(out) == whole
+
+
+def test_kill_9_at_random_moments_with_two_workers(songs, tmp_path):
+    _, command, whole = songs
+    rng = np.random.default_rng()
+    for _ in range(2):
+        run = start(*command, tmp_path / "data", "--workers", 2)
+        time.sleep(rng.uniform(1.5, 5))
+        run.kill()
+        run.communicate()
+    run = start(*command, tmp_path / "data", "--workers", 2)
+    assert run.wait() == 0, run.stderr.read()
+    assert contents(tmp_path / "data") == whole
+
+
+def test_two_ranks_share_one_folder(songs, tmp_path):
+    _, command, whole = songs
+    ranks = [start(*command, tmp_path / "d", RANK=str(r), WORLD_SIZE="2") for r in range(2)]
+    for rank in ranks:
+        assert rank.wait() == 0, rank.stderr.read()
+    assert contents(tmp_path / "d") == whole
+
+
+def test_music_that_was_added_is_added_and_the_rest_stays(songs, tmp_path, monkeypatch):
+    music, command, whole = songs
+    copy, out = tmp_path / "music", str(tmp_path / "data")
+    shutil.copytree(music, copy)
+    command = [command[0], str(copy), *command[2:], out]
+    (copy / "5.wav").rename(tmp_path / "5.wav")
+    data.main(command)
+    made = []
+    real = data.process
+    monkeypatch.setattr(
+        data, "process", lambda track, *a: made.append(track.path) or real(track, *a)
+    )
+    data.main(command)
+    assert not made, "nothing new, nothing to do"
+    (tmp_path / "5.wav").rename(copy / "5.wav")
+    (copy / "2.txt").write_text("another caption")
+    data.main(command)
+    names = {os.path.basename(path) for path in made}
+    assert names == {"5.wav", "2.wav", "3.wav", "7.wav"}, "new, changed, and what failed before"
+    assert (tmp_path / "data/codes-00000.bin").read_bytes() == whole["codes-00000.bin"]
+    assert {p.name for p in (tmp_path / "data").iterdir()} == FINISHED
+    (copy / "2.txt").write_text("tune 2")
+    data.main(command)
+    for row, old in zip(
+        lines(tmp_path / "data/manifest.jsonl"), whole["manifest.jsonl"].splitlines()
+    ):
+        assert row | {"path": ""} == json.loads(old) | {"path": ""}
+
+
+def test_another_command_does_not_spoil_a_folder(songs, tmp_path):
+    _, command, _ = songs
+    data.main([*command, str(tmp_path / "d")])
+    before = contents(tmp_path / "d")
+    with pytest.raises(
+        ValueError, match="begun with another seconds .2.0, now 3.0.; choose another"
+    ):
+        data.main([*command, str(tmp_path / "d"), "--seconds", "3"])
+    Writer(tmp_path / "other", CODEC).add(some_clips(3))
+    with pytest.raises(ValueError, match="clips that this command did not make"):
+        data.main([*command, str(tmp_path / "other")])
+    assert contents(tmp_path / "d") == before
+
+
+def test_a_full_disk_is_told_before_anything_is_written(songs, tmp_path, monkeypatch):
+    _, command, _ = songs
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match="needs about 0 MB of disk while it works; 0 MB are free"):
+        data.main([*command, str(tmp_path / "d")])
+    assert not (tmp_path / "d").exists()
+
+
+def test_two_processes_do_not_work_on_one_folder(songs, tmp_path):
+    _, command, _ = songs
+    (tmp_path / "d/parts").mkdir(parents=True)
+    lock = data.lock_rank(tmp_path / "d/parts", 0)
+    with pytest.raises(ValueError, match="another process is at work"):
+        data.main([*command, str(tmp_path / "d")])
+    lock.close()
+    data.main([*command, str(tmp_path / "d")])
+
+
+def test_one_clip_a_track_is_drawn_by_seed(songs, tmp_path):
+    _, command, whole = songs
+    drawn = []
+    for seed in (0, 0, 1):
+        out = tmp_path / str(len(drawn))
+        data.main([*command, str(out), "--one-clip", "--seed", str(seed)])
+        drawn.append({row["path"]: row["start"] for row in lines(out / "manifest.jsonl")})
+        rows = lines(out / "manifest.jsonl")
+        assert len(rows) == len({row["path"] for row in rows}) == 6
+    assert drawn[0] == drawn[1] != drawn[2]
+    every = [json.loads(line) for line in whole["manifest.jsonl"].splitlines()]
+    assert drawn[0].items() <= {(row["path"], row["start"]) for row in every}
+
+
+def test_silent_clips_go_and_are_named(tmp_path):
+    quiet = np.r_[tone(2), 0 * tone(2.8), tone(3.2), 1e-3 * tone(2)]
+    write_song(tmp_path / "music/a.wav", quiet)
+    command = ["folder", str(tmp_path / "music"), "--seconds", "2", "--out"]
+    data.main([*command, str(tmp_path / "d")])
+    kept = [round(row["start"]) for row in lines(tmp_path / "d/manifest.jsonl")]
+    skipped = [(round(s["start"]), s["reason"]) for s in lines(tmp_path / "d/skipped.jsonl")]
+    assert kept == [0, 4, 6] and skipped == [(2, data.SILENT), (8, data.SILENT)]
+    data.main([*command, str(tmp_path / "all"), "--keep-silence"])
+    assert len(lines(tmp_path / "all/manifest.jsonl")) == len(kept) + len(skipped)
+
+
+def test_show_lists_plays_and_plots(songs, tmp_path, capsys):
+    _, command, _ = songs
+    data.main([*command, str(tmp_path / "d")])
+    capsys.readouterr()
+    data.main(["show", str(tmp_path / "d"), "--n", "2", "--out", str(tmp_path / "look")])
+    told = capsys.readouterr().out
+    assert told.count("'tune ") == 2 and told.count("unknown") == 2
+    found = sorted((tmp_path / "look").iterdir())
+    assert [p.suffix for p in found] == [".png", ".wav"] * 2
+    assert all(1 <= soundfile.info(p).duration <= 2 for p in found if p.suffix == ".wav")
+    with pytest.raises(ValueError, match="no data at"):
+        data.main(["show", str(tmp_path / "nowhere")])
+
+
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    closed, scandir = str(tmp_path / "closed"), os.scandir
+    os.mkdir(closed)
+
+    def refuse(path):
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert sources.audio_files(tmp_path) == [(closed, "cannot be read: Permission denied")]
+
+
+def test_no_audio_is_one_sentence_and_exit_2(tmp_path):
+    run = start("folder", tmp_path, "--out", tmp_path / "out")
+    _, err = run.communicate()
+    assert run.returncode == 2 and err.count("\n") == 1 and "no audio" in err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        data.main(["folder", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+
+
+# ------------------------------------------------------------------------------- the corpora ----
+
+JAMENDO = """TRACK_ID\tARTIST_ID\tALBUM_ID\tPATH\tDURATION\tTAGS
+track_0000775\tartist_000104\talbum_000126\t75/775.mp3\t198.1\tgenre---easylistening\tgenre---lounge
+track_0001729\tartist_000264\talbum_000252\t29/1729.mp3\t270.2\tgenre---pop\tgenre---poprock\tgenre---rock
+track_0003524\tartist_000530\talbum_000552\t24/3524.mp3\t266.1\tmood/theme---melodic
+track_0603752\tartist_002485\talbum_069778\t52/603752.mp3\t235.0\tgenre---punkrock\tinstrument---bass\tinstrument---electricguitar\tinstrument---voice
+track_1082554\tartist_352844\talbum_128963\t54/1082554.mp3\t298.1\tgenre---classical\tinstrument---cello\tinstrument---violin\tmood/theme---emotional\tmood/theme---sad
+track_1395508\tartist_491731\talbum_163455\t08/1395508.mp3\t274.8\tgenre---funk\tgenre---hiphop
+"""  # noqa: E501
+LICENCES = """75/775.mp3
+Slow Motion by Somebody from Jamendo: http://www.jamendo.com/track/775
+Available under a Creative Commons Attribution-NonCommercial-ShareAlike license: http://creativecommons.org/licenses/by-nc-sa/3.0/
+
+54/1082554.mp3
+A license to sing by Somebody Else from Jamendo: http://www.jamendo.com/track/1082554
+Available under a Creative Commons Attribution license: http://creativecommons.org/licenses/by/3.0/
+"""  # noqa: E501
+
+
+@pytest.fixture
+def jamendo(tmp_path):
+    """Lines of MTG-Jamendo as they are, in a copy of its repository, with some audio."""
+    folder = tmp_path / "mtg-jamendo-dataset"
+    (folder / "data/splits/split-0").mkdir(parents=True)
+    (folder / "data/raw_30s.tsv").write_text(JAMENDO)
+    (folder / "audio_licenses.txt").write_text(LICENCES)
+    header, *rows = JAMENDO.splitlines()
+    for name, numbers in dict(train=[0, 1], validation=[4], test=[2, 3]).items():
+        chosen = [header, *(rows[i] for i in numbers)]
+        text = "".join(line + "\r\n" for line in chosen)  # some of the split files end lines so
+        (folder / f"data/splits/split-0/autotagging-{name}.tsv").write_text(text, newline="")
+    for number in (775, 1729, 3524, 603752, 1082554):
+        path = tmp_path / f"audio/{number % 100:02}/{number}.mp3"
+        path = path.with_suffix(".low.mp3") if number == 1729 else path
+        write_song(path, tone(4), caption=None, format="MP3")
+    return folder, tmp_path / "audio"
+
+
+def test_jamendos_table_is_read_with_all_its_tags(jamendo):
+    rows = sources.read_jamendo(jamendo[0] / "data/raw_30s.tsv")
+    assert list(rows) == [775, 1729, 3524, 603752, 1082554, 1395508]
+    assert rows[1082554] == dict(
+        artist="artist_352844", album="album_128963", path="54/1082554.mp3", seconds=298.1,
+        tags=["genre---classical", "instrument---cello", "instrument---violin",
+              "mood/theme---emotional", "mood/theme---sad"],
+    )  # fmt: skip
+    assert all(row["path"] == f"{n % 100:02}/{n}.mp3" for n, row in rows.items())
+    split = sources.read_jamendo(jamendo[0] / "data/splits/split-0/autotagging-validation.tsv")
+    assert split[1082554] == rows[1082554], "no carriage return in the last tag"
+    (jamendo[0] / "data/raw_30s.tsv").write_text(JAMENDO + "track_1\tartist_2\n")
+    with pytest.raises(ValueError, match="raw_30s.tsv, line 8: expected TRACK_ID"):
+        sources.read_jamendo(jamendo[0] / "data/raw_30s.tsv")
+
+
+def test_jamendos_splits_licences_and_exclusions(jamendo, tmp_path):
+    tracks = {t.about["track"]: t for t in sources.jamendo_tracks(*jamendo, "", sources.Options())}
+    reasons = {name: t.reason for name, t in tracks.items()}
+    assert reasons["track_0003524"] == reasons["track_0603752"]
+    assert "split-0's test set" in reasons["track_0003524"], "Song Describer is in there somewhere"
+    assert reasons["track_1395508"] == "is not there"
+    assert not reasons["track_0000775"] and tracks["track_0001729"].path.endswith("29/1729.low.mp3")
+    assert tracks["track_1082554"].about["split"] == "valid"
+    assert tracks["track_0000775"].about["split"] == "train"
+    about = tracks["track_1082554"].about
+    assert about["licence"] == "http://creativecommons.org/licenses/by/3.0/"
+    assert about["credit"].startswith("A license to sing by Somebody Else from Jamendo: http")
+    assert about["source"] == "MTG-Jamendo"
+    assert tracks["track_0001729"].about["licence"] == "unknown"
+
+    listed = tmp_path / "song_describer.csv"
+    listed.write_text(
+        "caption_id,track_id,caption,is_valid_subset,familiarity,artist_id,album_id,path,duration\n"
+        '859,603752,"loud, fast",True,0,2485,69778,52/603752.mp3,235.0\n'
+    )
+    tracks = {
+        t.about["track"]: t for t in sources.jamendo_tracks(*jamendo, listed, sources.Options())
+    }
+    assert tracks["track_0603752"].reason == "belongs to the Song Describer Dataset"
+    assert not tracks["track_0003524"].reason and tracks["track_0003524"].about["split"] == "train"
+    shutil.rmtree(jamendo[0] / "data/splits")
+    with pytest.raises(ValueError, match="--song-describer"):
+        sources.jamendo_tracks(*jamendo, "", sources.Options())
+
+
+def test_jamendo_without_any_model_makes_captions_from_tags(jamendo, tmp_path):
+    offline = ["--captioner", "none", "--keep-vocals", "--seconds", "2", "--out", tmp_path / "d"]
+    data.main(["jamendo", *map(str, [*jamendo, *offline])])
+    rows = {row["track"]: row for row in lines(tmp_path / "d/manifest.jsonl")}
+    assert rows.keys() == {"track_0000775", "track_0001729", "track_1082554"}, "one clip a track"
+    assert rows["track_1082554"]["caption"] == (
+        "An emotional, sad classical track with cello and violin."
+    )
+    assert rows["track_1082554"]["split"] == "valid"
+    summary = json.loads((tmp_path / "d/summary.json").read_text())
+    assert summary["licences"]["http://creativecommons.org/licenses/by/3.0/"] == 1
+    assert summary["captions"] == {"tags": 3} and summary["of"] == 6
+
+
+def test_musiccaps_are_chosen_by_seed_among_those_without_vocals(tmp_path):
+    table = ["ytid,start_s,end_s,audioset_positive_labels,aspect_list,caption,author_id,is_balanced_subset,is_audioset_eval"]  # fmt: skip # noqa: E501
+    for i in range(12):
+        caption = "A woman sings over drums" if i % 4 == 3 else f"Drums, number {i}"
+        table.append(
+            f'-abcdefgh{i:02},30,40,"/m/04rlf,/m/0l14md","[\'drums\']","{caption}",4,False,True'
+        )
+        if i != 5:
+            name = [f"-abcdefgh{i:02}", f"[-abcdefgh{i:02}]-[30-40]", f"Song [-abcdefgh{i:02}]"][
+                i % 3
+            ]
+            write_song(tmp_path / f"audio/{name}.wav", tone(3), caption=None)
+    (tmp_path / "musiccaps-public.csv").write_text("\n".join(table))
+    command = ["musiccaps", str(tmp_path / "musiccaps-public.csv"), str(tmp_path / "audio")]
+    chosen = []
+    for seed in ("0", "0", "1"):
+        out = tmp_path / str(len(chosen))
+        data.main([*command, "--choose", "4", "--seconds", "2", "--seed", seed, "--out", str(out)])
+        clips = Clips(out, "test", 9)
+        chosen.append({row["track"] for row in clips.rows})
+        assert len(clips) == 4 and not any("sings" in row["caption"] for row in clips.rows)
+    assert chosen[0] == chosen[1] != chosen[2]
+    reasons = Counter(s["reason"].partition(" in ")[0] for s in lines(out / "skipped.jsonl"))
+    assert reasons == {sources.VOCAL: 3, "has no audio": 1, "is not among the 4 chosen": 4}

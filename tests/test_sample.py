@@ -1,0 +1,147 @@
+"""Playing the shipped model: any length, any format, the same audio for the same seed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import sample
+from options import entry
+
+ROOT = Path(__file__).parents[1]
+
+
+def play(*args, cwd, binary=False):
+    command = [sys.executable, str(ROOT / "sample.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=not binary, cwd=cwd)
+
+
+def test_words_in_music_out(tmp_path):
+    done = play("jazz reggae", "--seconds", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["jazz-reggae.png", "jazz-reggae.wav"]
+    audio, rate = soundfile.read(tmp_path / "jazz-reggae.wav")
+    assert rate == 44100 and len(audio) == round(3 * 44100 / 512) * 512
+    assert 0.02 < np.sqrt(np.mean(audio**2)) < 0.5 and np.abs(audio).max() <= 1
+    assert "toy/lm" in done.stdout  # it says which checkpoint it plays
+
+
+def test_the_second_stage_is_used_and_can_be_left_out(tmp_path):
+    both = play("waltz", "--seconds", 1, "--out", "both.wav", cwd=tmp_path)
+    first = play("waltz", "--seconds", 1, "--no-refiner", "--out", "first.wav", cwd=tmp_path)
+    assert "refined by" in both.stdout and "refined by" not in first.stdout
+    play("waltz", "--seconds", 1, "--steps", 2, "--out", "fast.wav", cwd=tmp_path)
+    audio = [soundfile.read(tmp_path / f"{name}.wav")[0] for name in ("both", "first", "fast")]
+    assert len(audio[0]) == len(audio[1]) == len(audio[2])
+    assert (audio[0] != audio[1]).any() and (audio[0] != audio[2]).any()
+
+
+def test_same_seed_same_bytes_alone_and_in_a_batch_of_four(tmp_path):
+    (tmp_path / "prompts.txt").write_text("sad blues\n\nslow piano waltz\ntechno\njazz\n")
+    options = ["--seconds", 4, "--seed", 7, "--out", "."]
+    assert play("--file", "prompts.txt", *options, cwd=tmp_path).returncode == 0
+    together = (tmp_path / "slow-piano-waltz.wav").read_bytes()
+    other = (tmp_path / "techno.wav").read_bytes()
+    assert play("slow piano waltz", *options, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "slow-piano-waltz.wav").read_bytes() == together != other
+
+
+def test_n_samples_are_those_of_n_seeds_and_formats_follow_the_extension(tmp_path):
+    assert play("jazz", "--n", 2, "--seconds", 1, "--out", "x.flac", cwd=tmp_path).returncode == 0
+    assert (
+        play("jazz", "--seed", 1, "--seconds", 1, "--out", "y.flac", cwd=tmp_path).returncode == 0
+    )
+    a, b, c = (soundfile.read(tmp_path / n)[0] for n in ("x-0.flac", "x-1.flac", "y.flac"))
+    assert (b == c).all() and (a != b).any()
+    assert play("jazz", "--seconds", 1, "--out", "z.ogg", cwd=tmp_path).returncode == 0
+    assert soundfile.info(tmp_path / "z.ogg").format == "OGG"
+
+
+def test_a_continuation_begins_with_what_it_continues(tmp_path):
+    play("techno", "--seconds", 3, "--out", "a.wav", cwd=tmp_path)
+    done = play("techno", "--continue", "a.wav", "--seconds", 2, "--out", "b.wav", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    a, b = (soundfile.read(tmp_path / f)[0] for f in ("a.wav", "b.wav"))
+    assert len(b) == len(a) + round(2 * 44100 / 512) * 512
+    loudness = lambda x: np.log(
+        np.square(x[: len(x) // 4096 * 4096]).reshape(-1, 4096).mean(1) + 1e-6
+    )
+    assert np.corrcoef(loudness(a)[:-2], loudness(b[: len(a)])[:-2])[0, 1] > 0.8
+
+
+def test_streaming_gives_the_audio_of_the_file(tmp_path):
+    play("house", "--seconds", 3, "--out", "a.wav", cwd=tmp_path)
+    done = play("house", "--seconds", 3, "--stream", cwd=tmp_path, binary=True)
+    streamed = np.frombuffer(done.stdout, "<i2") / 32768
+    written = soundfile.read(tmp_path / "a.wav")[0]
+    assert len(streamed) == len(written)
+    assert np.abs(streamed - written).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ([], "say what to play"),
+        (["   "], "say what to play"),
+        (["jazz", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
+        (["jazz", "--checkpoint", "model.ckpt"], "no checkpoint at model.ckpt"),
+        (["jazz", "--out", "x.mp4"], "must be one of"),
+        (["jazz", "blues", "--out", "x.mp4"], "must be one of"),
+        (["jazz", "--seconds", "0"], "--seconds must be greater"),
+        (["jazz", "--seconds", "inf"], "--seconds must be a finite number"),
+        (["jazz", "--temperature", "0"], "--temperature must be greater"),
+        (["jazz", "--continue", "text.wav"], "not readable audio"),
+        (["jazz", "--continue", "none.wav"], "no such file"),
+        (["--file", "none.txt"], "could not be read"),
+        (["jazz", "--steps", "101"], "--steps must be at most 100"),
+        (["jazz", "--refiner", "nowhere"], "no checkpoint at nowhere"),
+        (["jazz", "--refiner", str(sample.SHIPPED)], "holds no refiner"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tmp_path, options, sentence, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.wav").write_text("no audio")
+    (tmp_path / "model.ckpt").write_bytes(b"not a checkpoint")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        entry(lambda: sample.main(options))
+    assert sentence in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_prompt_may_look_like_a_formula_in_the_picture(tmp_path):
+    done = play("cash $_$ money", "--seconds", 1, "--out", "x.wav", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_both_stages_play_on_a_gpu(tmp_path):
+    done = play("jazz", "--seconds", 4, "--out", "x.wav", cwd=tmp_path)
+    assert done.returncode == 0 and "refined by" in done.stdout, done.stderr
+
+
+def test_a_prompt_longer_than_the_encoder_takes_is_cut_with_a_word(tmp_path):
+    done = play("jazz " * 500, "--seconds", 1, "--out", "x.wav", cwd=tmp_path)
+    assert done.returncode == 0 and "cut to its first" in done.stdout
+
+
+def test_memory_does_not_grow_with_length(tmp_path):
+    """Peak memory of a child process: half a minute against eleven seconds, which fill a window."""
+    peaks = []
+    for seconds in (11, 30):
+        command = [sys.executable, str(ROOT / "sample.py"), "jazz", "--out", "x.wav"]
+        script = (
+            "import resource, subprocess, sys;"
+            f"subprocess.run({[*command, '--seconds', str(seconds)]!r}, check=True);"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+        )
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] <= 1.05 * peaks[0]

@@ -1,0 +1,1 @@
+"""The toy world: everything that ships with the repository and runs offline."""
