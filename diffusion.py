@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from checkpoint import load_weights, read_config
 from model import FeedForward, RMSNorm, SelfAttention, inverse_softplus, log_uniform, sinusoids, ssd
+from options import check, option
 
 # ------------------------------------------------------------------------------------------------
 # 1  The noise
@@ -205,30 +206,29 @@ class Layer(nn.Module):
 class RefinerConfig:
     """The refiner's shape. The defaults are the paper-size preset's: 49 M parameters."""
 
-    backbone: str = "ssd"  # what mixes the frames: ssd (bidirectional Mamba-2) or attention
-    layers: int = 12  # of a mixer and a feed-forward each
-    d_model: int = 512  # D, width of the residual stream
-    d_state: int = 64  # N, columns of each head's state
-    headdim: int = 64  # P, rows of each head's state
-    expand: int = 2  # the SSD works on expand * D channels
-    d_conv: int = 7  # taps of the convolution, centred; an odd number
-    chunk: int = 64  # Q, frames in a chunk of the SSD: changes speed and memory, not the result
-    attention_heads: int = 8  # heads of the attention backbone
-    ff_mult: int = 4  # hidden width of the feed-forward layer, in units of D
-    dropout: float = 0.0  # inside the feed-forward
-    codebooks: int = 9  # K; the first is given, the others are made
-    code_dim: int = 8  # dimensions of a code's vector
-    codebook_size: int = 1024  # codes of a codebook
-    d_text: int = 768  # width of the text encoder's output
-    timesteps: int = 100  # T, steps from data to noise
-    window: int = 861  # frames refined at once: as many as the clips of its training had
+    backbone: str = option("ssd", "mixes the frames: ssd (bidirectional) or attention", [*MIXERS])
+    layers: int = option(12, "layers, of a mixer and a feed-forward each", "[1, inf)")
+    d_model: int = option(512, "D, width of the residual stream", "[4, inf)")
+    d_state: int = option(64, "N, columns of a head's state", "[1, inf)")
+    headdim: int = option(64, "P, rows of a head's state", "[1, inf)")
+    expand: int = option(2, "the SSD works on expand * D channels", "[1, inf)")
+    d_conv: int = option(7, "width of the centred convolution, odd", "[1, inf)")
+    chunk: int = option(64, "Q, frames in a chunk; does not change the result", "[1, inf)")
+    attention_heads: int = option(8, "heads of the attention backbone", "[1, inf)")
+    ff_mult: int = option(4, "hidden width of the feed-forward layer, in D", "[1, inf)")
+    dropout: float = option(0.0, "inside the feed-forward", "[0, 1)")
+    codebooks: int = option(9, "K; the first is given, the others are made", "[2, inf)")
+    code_dim: int = option(8, "dimensions of a code's vector", "[1, inf)")
+    codebook_size: int = option(1024, "codes of a codebook", "[2, inf)")
+    d_text: int = option(768, "width of the text encoder's output", "[1, inf)")
+    timesteps: int = option(100, "T, steps from data to noise", "[1, inf)")
+    window: int = option(861, "frames refined at once, as many as in training", "[1, inf)")
 
     def __post_init__(self):
-        if self.backbone not in MIXERS:
-            raise ValueError(f"unknown backbone {self.backbone!r}: choose {' or '.join(MIXERS)}")
-        if self.headdim < 1 or self.backbone == "ssd" and self.expand * self.d_model % self.headdim:
+        check(self)
+        if self.backbone == "ssd" and self.expand * self.d_model % self.headdim:
             raise ValueError(f"headdim {self.headdim} must divide {self.expand * self.d_model}")
-        if self.attention_heads < 1 or self.d_model % self.attention_heads:
+        if self.d_model % self.attention_heads:
             raise ValueError(f"{self.attention_heads} attention heads must divide {self.d_model}")
         if self.d_conv % 2 == 0:
             raise ValueError(f"d_conv must be odd, to have a middle, not {self.d_conv}")

@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ssd_kernel
 from audio import FRAME_RATE
+from options import check, option
 
 # ------------------------------------------------------------------------------------------------
 # 1  The SSD: a linear recurrence whose state is a matrix
@@ -370,47 +371,39 @@ VARIANTS = {  # SSMTTM, Fig. 1 (a)-(d): the layers of one block
     "cross-simba": (Mamba2, CrossAttention, FeedForward),
     "transformer": (SelfAttention, CrossAttention, FeedForward),
 }
+CLOCKS = ("text", "music", "beat")  # positions count from the text, or from the music; `_beats`
 
 
 @dataclass
 class LMConfig:
     """The language model's shape. The defaults are the paper's."""
 
-    variant: str = "simba"  # mamba, simba, cross-simba or transformer
-    codebooks: int = 1  # codebooks modelled: 1 (the two-stage system's first) or 9 (single-stage)
-    blocks: int = 24  # the paper's RQ3 scales this down: 24, 12, 6
-    d_model: int = 1024  # D, width of the residual stream
-    d_state: int = 512  # N, columns of each head's state
-    headdim: int = 64  # P, rows of each head's state
-    expand: int = 2  # Mamba-2 works on expand * D channels, in expand * D / P heads
-    d_conv: int = 4  # taps of Mamba-2's convolution
-    init: str = "mamba2"  # how an SSD starts: as its authors have it, or memory: a running mean
-    chunk: int = 256  # Q, frames in a chunk of the SSD: changes speed and memory, not the result
-    ff_mult: int = 2  # hidden width of the feed-forward layer, in units of D
-    attention_heads: int = 8  # heads of self- and cross-attention
-    mixer: str = "ff"  # ff, or einfft: the channel mixer of simba and cross-simba
-    d_text: int = 768  # width of the text encoder's output
-    dropout: float = 0.3  # after every layer and inside the feed-forward
-    codebook_size: int = 1024  # codes; the id codebook_size is the special token: begin, "not yet"
-    clock: str = "text"  # where positions count from: text, music, or beat: music, and see `_beats`
-    trained_frames: int = 2584  # positions beyond this hold the last one (see `_positions`)
+    variant: str = option("simba", "mamba, simba, cross-simba or transformer", [*VARIANTS])
+    codebooks: int = option(1, "codebooks modelled: 1 (two stages) or 9 (single stage)", "[1, inf)")
+    blocks: int = option(24, "number of blocks", "[1, inf)")
+    d_model: int = option(1024, "D, width of the residual stream", "[4, inf)")
+    d_state: int = option(512, "N, columns of a head's state", "[1, inf)")
+    headdim: int = option(64, "P, rows of a head's state", "[1, inf)")
+    expand: int = option(2, "Mamba-2 works on expand * D channels", "[1, inf)")
+    d_conv: int = option(4, "width of Mamba-2's convolution, in frames", "[2, inf)")
+    init: str = option("mamba2", "initial decays: mamba2 or memory", ["mamba2", "memory"])
+    chunk: int = option(256, "Q, frames in a chunk; does not change the result", "[1, inf)")
+    ff_mult: int = option(2, "hidden width of the feed-forward layer, in D", "[1, inf)")
+    attention_heads: int = option(8, "heads of self- and cross-attention", "[1, inf)")
+    mixer: str = option("ff", "channel mixer of the simbas: ff or einfft", ["ff", "einfft"])
+    d_text: int = option(768, "width of the text encoder's output", "[1, inf)")
+    dropout: float = option(0.3, "after every layer and inside the feed-forward", "[0, 1)")
+    codebook_size: int = option(1024, "codes; one more id is begin and padding", "[2, inf)")
+    clock: str = option("text", "where positions start: text, music or beat", [*CLOCKS])
+    trained_frames: int = option(2584, "later positions repeat the last one", "[1, inf)")
 
     def __post_init__(self):
-        if self.variant not in VARIANTS:
-            raise ValueError(f"unknown variant {self.variant!r}: choose {', '.join(VARIANTS)}")
-        if self.mixer not in ("ff", "einfft"):
-            raise ValueError(f"unknown mixer {self.mixer!r}: choose ff or einfft")
-        if self.init not in ("mamba2", "memory"):
-            raise ValueError(f"unknown init {self.init!r}: choose mamba2 or memory")
-        if self.clock not in ("text", "music", "beat"):
-            raise ValueError(f"unknown clock {self.clock!r}: choose text, music or beat")
+        check(self)
         if self.mixer == "einfft" and self.variant not in ("simba", "cross-simba"):
             raise ValueError(f"--mixer einfft goes with simba and cross-simba, not {self.variant}")
-        if self.d_conv < 2:
-            raise ValueError(f"d_conv must be at least 2, not {self.d_conv}")
-        if self.headdim < 1 or self.expand * self.d_model % self.headdim:
+        if self.expand * self.d_model % self.headdim:
             raise ValueError(f"headdim {self.headdim} must divide {self.expand * self.d_model}")
-        if self.attention_heads < 1 or self.d_model % self.attention_heads:
+        if self.d_model % self.attention_heads:
             raise ValueError(f"{self.attention_heads} attention heads must divide {self.d_model}")
 
     @property

@@ -48,7 +48,7 @@ from codec import load_codec
 from data import Clips
 from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss
 from model import VARIANTS, LMConfig, MusicLM
-from options import add_arguments, entry
+from options import add_arguments, check, entry, option
 from paper import budget
 from sample import multiplies_bf16
 from text import TextEncoder
@@ -60,33 +60,36 @@ ROOT = Path(__file__).parent
 class TrainConfig:
     """How to train. The defaults are the paper's (SSMTTM, IV-A)."""
 
-    data: str = "toy"  # data folder made by data.py, or toy: the world that ships here
-    out: str = ""  # the run's folder; empty: out/VARIANT
-    init_from: str = ""  # fine-tune: a checkpoint's folder, or toy, the model that ships here
-    text_encoder: str = "google/flan-t5-base"  # a published T5, or toy: the small one ships here
-    train_text_encoder: float = 0.0  # the text encoder's own learning rate; 0: it is frozen
-    steps: int = 100_000  # optimiser steps
-    seconds: float = 30.0  # length of a training clip
-    batch: int = 4  # clips in a micro-batch
-    accumulate: int = 32  # micro-batches in a step
-    crop: float = 30.0  # begin with so many seconds of each clip, in larger batches; then double
-    crop_until: float = 0.0  # share of the steps by which they have grown to whole clips
-    lr: float = 1e-4  # learning rate after the warm-up; then a cosine to zero
-    warmup: int = 100  # steps of linear warm-up
-    beta2: float = 0.999  # AdamW's second beta
-    weight_decay: float = 2e-2  # on matrices only
-    clip: float = 1.0  # largest norm of the gradient
-    label_smoothing: float = 0.0  # in training; validation is plain cross-entropy
-    caption_dropout: float = 0.1  # captions replaced by nothing, for classifier-free guidance
-    ema: float = 0.0  # decay a step of the averaged weights that are kept; 0: the last ones are
-    seed: int = 0  # of parameters, data order, crops, captions and dropout
-    valid_every: int = 1000  # steps between validations; each is followed by a checkpoint
-    valid_clips: int = 256  # clips of a validation
-    keep_every: int = 0  # also keep the checkpoint of every so many steps, as step-N; 0: none
-    compile: bool = True  # torch.compile: half as fast again, after a minute or two of its own
-    recompute: int = 0  # so many blocks are computed again on the way back: less memory, more time
-    fsdp: bool = False  # under torchrun: each process keeps its share of the weights only
-    device: str = ""  # cpu, cuda or mps; empty: cuda where there is one, else cpu
+    data: str = option("toy", "data folder made by data.py, or toy: the one that ships")
+    out: str = option("", "the run's folder; empty: out/VARIANT")
+    init_from: str = option("", "fine-tune this checkpoint; toy: the one that ships")
+    text_encoder: str = option("google/flan-t5-base", "a published T5; toy: the one that ships")
+    train_text_encoder: float = option(0.0, "its own learning rate; 0: frozen", "[0, inf)")
+    steps: int = option(100_000, "optimizer steps", "[1, inf)")
+    seconds: float = option(30.0, "length of a training clip", "(0, inf)")
+    batch: int = option(4, "clips in a micro-batch", "[1, inf)")
+    accumulate: int = option(32, "micro-batches in a step", "[1, inf)")
+    crop: float = option(30.0, "start with clips of this many seconds, then double", "(0, inf)")
+    crop_until: float = option(0.0, "share of the steps until clips are whole", "[0, 1]")
+    lr: float = option(1e-4, "learning rate after the warm-up; then a cosine to 0", "(0, 1]")
+    warmup: int = option(100, "steps of linear warm-up", "[0, inf)")
+    beta2: float = option(0.999, "AdamW's second beta", "[0, 1)")
+    weight_decay: float = option(2e-2, "on matrices only", "[0, 1]")
+    clip: float = option(1.0, "largest norm of the gradient", "(0, inf)")
+    label_smoothing: float = option(0.0, "in training, not in validation", "[0, 1)")
+    caption_dropout: float = option(0.1, "share of captions replaced by the empty one", "[0, 1]")
+    ema: float = option(0.0, "decay of the averaged weights that are kept; 0: none", "[0, 1)")
+    seed: int = option(0, "of weights, data order, captions and dropout", "[0, 4294967296)")
+    valid_every: int = option(1000, "steps between validations (and checkpoints)", "[1, inf)")
+    valid_clips: int = option(256, "clips of a validation", "[1, inf)")
+    keep_every: int = option(0, "also keep every so many steps as step-N; 0: none", "[0, inf)")
+    compile: bool = option(True, "torch.compile: faster after a minute or two")
+    recompute: int = option(0, "blocks recomputed in the backward pass", "[0, inf)")
+    fsdp: bool = option(False, "under torchrun: shard the weights")
+    device: str = option("", "cpu, cuda or mps; empty: cuda where there is one, else cpu")
+
+    def __post_init__(self):
+        check(self)
 
 
 PRESETS = {

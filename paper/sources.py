@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from options import option
 from paper import captions
 
 AUDIO = ".wav .flac .ogg .mp3 .aiff .aif .opus .m4a .aac .wma .au .caf .w64 .mp4".split()
@@ -30,25 +31,35 @@ VOCAL = "has a caption that mentions vocals"
 class Options:
     """What becomes of a track. Every stage can be left out."""
 
-    codec: str = "toy"  # toy (ships here) or dac (the paper's)
-    seconds: float = 30.0  # length of a clip
-    valid: float = 0.1  # share of tracks kept for validation, where the source does not say
-    captions: str = ""  # table (.csv, .tsv, .jsonl, .parquet) with path and caption, or on the hub
-    captioner: str = "none"  # model that describes what has no caption: none, or LP-MusicCaps' name
-    rephraser: str = "none"  # chat model that makes one caption of a clip's three; none: joins them
-    keep_vocals: bool = True  # leave vocals in; without, HTDemucs takes them out
-    keep_vocal_captions: bool = True  # keep clips whose captions mention vocals
-    keep_silence: bool = False  # keep clips that are silent for more than half of their length
-    one_clip: bool = False  # one random clip of each track, not all
-    licence: str = "unknown"  # of the music, where the source does not say
-    seed: int = 0  # of the choices of --one-clip and --choose
+    codec: str = option("toy", "toy (ships here) or dac (the paper's)")
+    seconds: float = option(30.0, "length of a clip", "(0, inf)")
+    valid: float = option(
+        0.1, "share of tracks kept for validation, where the source does not say", "[0, 1]"
+    )
+    captions: str = option(
+        "", "table (.csv, .tsv, .jsonl, .parquet) with path and caption, or on the hub"
+    )
+    captioner: str = option(
+        "none", "model that describes what has no caption: none, or LP-MusicCaps' name"
+    )
+    rephraser: str = option(
+        "none", "chat model that makes one caption of a clip's three; none: joins them"
+    )
+    keep_vocals: bool = option(True, "leave vocals in; without, HTDemucs takes them out")
+    keep_vocal_captions: bool = option(True, "keep clips whose captions mention vocals")
+    keep_silence: bool = option(
+        False, "keep clips that are silent for more than half of their length"
+    )
+    one_clip: bool = option(False, "one random clip of each track, not all")
+    licence: str = option("unknown", "of the music, where the source does not say")
+    seed: int = option(0, "of the choices of --one-clip and --choose", "[0, 4294967296)")
 
 
 class Track(NamedTuple):
     """A unit of work."""
 
     about: dict  # goes into the manifest: path, track, source, licence, bytes, caption, tags ...
-    reason: str = ""  # why it is left out, where its source knows already
+    reason: str = option("", "why it is left out, where its source knows already")
 
     @property
     def path(self):

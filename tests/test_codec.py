@@ -9,7 +9,6 @@ import soundfile
 import torch
 
 import audio
-import codec
 from audio import HOP, SAMPLE_RATE, mel_distance, mel_spectrogram, read_audio, write_audio
 from codec import DACCodec, decode_stream, load_codec
 from toy.codec import ToyCodec, nearest_entry, neighbours
