@@ -63,9 +63,10 @@ def new_parser(description):
 def add_arguments(parser, config, **defaults):
     """Adds an option for each field of the dataclass `config`, with other defaults if given."""
     for item in fields(config):
-        kind, default = type(item.default), defaults.get(item.name, item.default)
+        kind, default = item.type, defaults.get(item.name, item.default)
         kinds = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
-        text = f"{item.metadata['help']} [{default}]".replace("%", "%%")
+        text = item.metadata["help"] + ("" if default is None else f" [{default}]")
+        text = text.replace("%", "%%")
         parser.add_argument(flag(item.name), default=default, help=text, **kinds)
 
 

@@ -1,76 +1,117 @@
-"""The toy world's music: a composer, a band, and someone who describes what they play.
+"""The toy world: music written and played by a program, with captions that are true.
 
-A clip is made from a handful of *factors* (genre, rhythm, tempo, key, lead, mood) in three steps:
-
-    factors --compose--> notes (pretty_midi) --render_many--> audio (fluidsynth)
+    factors --compose--> notes --render_many--> audio --codec--> codes
     factors --caption--> text
 
-All knowledge about music is in two tables: GENRES, a songbook with a page of tablature for each
-genre, and MOODS, which bend whatever the songbook says: register, density, dynamics, mode, and one
-voice or percussion of their own. A factor `rhythm` names a second genre whose drums, bass and feel
-carry the first one's harmony, comping and lead: genre "jazz" with rhythm "reggae" is "jazz reggae".
+python -m toy listen --n 8 --out toy-clips   plays some clips: wav files, factors, captions
+python -m toy build                          makes codec, tokenizer, text encoder and corpus again
+python -m toy build --corpus-only --clips 20000 --out data/toy-large    makes a larger corpus
+python -m toy judge                          trains the judge again
+python -m toy ship out/simba/best            installs a checkpoint as the default model
 
-Everything random comes from a generator seeded by the caller; a clip's index determines the clip.
-
-    python -m toy listen --n 8 --out toy-clips     wav files, their factors and captions
-    python -m toy build                            codec, tokenizer, text encoder and corpus, anew
-    python -m toy build --corpus-only --clips 20000 --out data/toy-large      a larger corpus
-    python -m toy ship out/simba/best              a trained model, made the one that ships
-
-Units: pitches are MIDI numbers, times are seconds, and a *step* is a sixteenth note, the column of
-the tablature. Loudness is in dB. A chord is (root above the tonic, its tones above the root).
+All but `ship` need fluidsynth: apt-get install fluidsynth fluidr3mono-gm-soundfont
 """
 
-import argparse
 import lzma
 import os
 import sys
 import tarfile
-import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE
+from audio import write_audio
 from checkpoint import load_checkpoint, load_text_encoder, read_config, save_checkpoint
 from diffusion import is_refiner, load_refiner
-from options import entry
+from options import add_arguments, check_value, entry, new_parser, option
 from text import TextEncoder
-from toy.band import render_many
+from toy import corpus
 from toy.codec import ToyCodec
-from toy.composer import compose
-from toy.corpus import (
-    AT_ONCE,
-    HERE,
-    PACKED,
-    SECONDS,
-    TEXT,
-    TOKENIZER,
-    UNPACKED,
-    play_clips,
-    write_corpus,
-)
-from toy.songbook import GENRES, LEADS, MIXTURES, MOODS, sample_clip, sample_factors
+from toy.corpus import HERE, SECONDS, UNPACKED
+from toy.songbook import GENRES, LEADS, MIXTURES, MOODS, TEMPI, sample_clip, sample_factors
 from toy.words import caption
 
 
+@dataclass
+class ListenOptions:
+    n: int = option(8, "number of clips", "[1, inf)")
+    first: int = option(0, "index of the first clip", "[0, inf)")
+    seconds: float = option(SECONDS, "length of a clip", "(0, 600]")
+    out: str = option("toy-clips", "folder for the wav files")
+
+
+def listen(args):
+    """Plays some clips to wav files and prints their factors and captions."""
+    clips = range(args.first, args.first + args.n)
+    for index, audio in zip(clips, corpus.play_clips(clips, seconds=args.seconds)):
+        factors = sample_clip(index)[0]
+        genres = [factors["genre"], factors["rhythm"]]
+        name = "-".join(genre for genre in genres if genre).replace(" ", "-")
+        path = Path(args.out) / f"{index:05d}-{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_audio(path, audio)
+        print(f"{path}  {factors}")
+        rng = np.random.default_rng(index)
+        for length in ("words", "sentence", "paragraph"):
+            print("   ", caption(factors, rng, length))
+
+
+@dataclass
+class BuildOptions:
+    clips: int = option(6144, "clips of the corpus", "[1, inf)")
+    full: int = option(1024, "clips with all nine codebooks", "[0, inf)")
+    codec_clips: int = option(320, "clips that the codec is fitted to", "[1, inf)")
+    seconds: float = option(SECONDS, "length of a clip", "(0, 600]")
+    # Waltzes never mix, and they are one clip in twenty.
+    mixtures: float = option(MIXTURES, "share of clips that mix two genres", "[0, 0.95]")
+    corpus_only: bool = option(False, "keep codec, tokenizer and text encoder as they are")
+    out: str = option(str(UNPACKED), "data folder; the default is also packed, to ship")
+    workers: int = option(os.cpu_count() or 1, "processes", "[1, inf)")
+
+
+def build(args):
+    """Makes the toy world from nothing: codec, tokenizer, text encoder, corpus."""
+    out = Path(args.out)
+    ships = out.resolve() == UNPACKED.resolve()
+    if ships and (args.seconds, args.mixtures) != (SECONDS, MIXTURES):
+        raise ValueError("clips of another length or share of mixtures do not ship: set --out")
+    if not args.corpus_only:
+        if (out / "manifest.jsonl").exists():
+            raise ValueError(
+                f"{out} holds clips of the present codec, which would be replaced: remove {out},"
+                " or continue it with --corpus-only"
+            )
+        fit_codec(args.codec_clips, args.workers)
+        train_tokenizer()
+        train_text_encoder()
+    corpus.write_corpus(out, args.clips, args.full, args.seconds, args.mixtures, args.workers)
+    if ships:
+        # lp=1: the codes are pairs of bytes, and their high bytes resemble each other.
+        filters = [dict(id=lzma.FILTER_LZMA2, preset=9, lp=1, lc=3, pb=1)]
+        with lzma.open(corpus.PACKED, "w", filters=filters) as file:
+            with tarfile.open(fileobj=file, mode="w") as tar:
+                for path in sorted(out.iterdir()):
+                    tar.add(path, path.name)
+        print(f"{corpus.PACKED}: {corpus.PACKED.stat().st_size / 1e6:.1f} MB")
+
+
 def fit_codec(clips: int, workers: int):
-    """Fits the toy codec to clips that no corpus has (split seed 1) and saves it to toy/codec."""
+    """Fits the toy codec to clips that are in no corpus (split seed 1); saves it to toy/codec."""
     with ProcessPoolExecutor(workers) as pool:
-        parts = [range(i, min(i + AT_ONCE, clips)) for i in range(0, clips, AT_ONCE)]
-        played = tqdm(pool.map(play_clips, parts, [1] * len(parts)), "codec", len(parts))
+        parts = [range(i, min(i + corpus.AT_ONCE, clips)) for i in range(0, clips, corpus.AT_ONCE)]
+        played = tqdm(pool.map(corpus.play_clips, parts, [1] * len(parts)), "codec", len(parts))
         audio = [clip for part in played for clip in part]
     ToyCodec.fit(audio).save(HERE / "codec")
 
 
 def train_tokenizer(captions: int = 20000, entries: int = 1000):
-    """A byte-level BPE of the captions' own words, so that any string can be encoded."""
+    """A byte-level BPE: the captions' words are single tokens, and any text can be encoded."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
 
@@ -79,41 +120,37 @@ def train_tokenizer(captions: int = 20000, entries: int = 1000):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
-        vocab_size=entries,
-        special_tokens=["<pad>", "</s>"],
+        vocab_size=entries, special_tokens=["<pad>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    )  # fmt: skip
     rng = np.random.default_rng(2)
-    tokenizer.train_from_iterator(
-        (caption(sample_factors(rng), rng) for _ in range(captions)), trainer
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
-    )
-    tokenizer.save(str(TOKENIZER))
+    texts = (caption(sample_factors(rng), rng) for _ in range(captions))
+    tokenizer.train_from_iterator(texts, trainer)
+    end = ("</s>", tokenizer.token_to_id("</s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
+    tokenizer.save(str(corpus.TOKENIZER))
 
 
 def train_text_encoder(steps: int = 1000, batch: int = 64, lr: float = 3e-3):
-    """Teaches a new T5 to tell a clip's factors from its captions; it never meets music."""
+    """Trains a new T5 to name a clip's factors from its captions. It learns nothing of music."""
     torch.manual_seed(0)
     rng = np.random.default_rng(3)
-    encoder = TextEncoder.small(TOKENIZER.read_text()).train()
+    encoder = TextEncoder.small(corpus.TOKENIZER.read_text(encoding="utf-8")).train()
     answers = dict(genre=[*GENRES], rhythm=[None, *GENRES], lead=[*LEADS], mood=[*MOODS])
-    answers["tempo"] = sorted({tempo for genre in GENRES.values() for tempo in genre.tempo})
+    answers["tempo"] = TEMPI
     sizes = {name: len(values) for name, values in answers.items()}
     heads = torch.nn.ModuleDict({k: torch.nn.Linear(encoder.d_text, n) for k, n in sizes.items()})
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    for _ in (bar := tqdm(range(steps), "text encoder")):
+    bar = tqdm(range(steps), "text encoder")
+    for _ in bar:
         factors = [sample_factors(rng) for _ in range(batch)]
-        text, mask, _ = encoder([caption(f, rng) for f in factors])
-        said = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        text = encoder.pooled([caption(f, rng) for f in factors])
         loss = 0.0
         for name, values in answers.items():
-            right = torch.tensor([values.index(f[name]) for f in factors])
-            loss = loss + F.cross_entropy(heads[name](said), right)
+            target = torch.tensor([values.index(f[name]) for f in factors])
+            loss = loss + F.cross_entropy(heads[name](text), target)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -122,109 +159,72 @@ def train_text_encoder(steps: int = 1000, batch: int = 64, lr: float = 3e-3):
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     weights = {k: v.half() for k, v in encoder.encoder.state_dict().items()}
     weights.pop("encoder.embed_tokens.weight", None)  # another name of shared.weight
-    save_file(weights, TEXT)
+    save_file(weights, corpus.TEXT)
 
 
-def build(args):
-    """Makes the toy world from scratch: codec, tokenizer, text encoder, corpus."""
-    if not 0 <= args.mixtures <= 0.95:  # waltzes, which never mix, are one in twenty
-        raise ValueError(f"--mixtures is a share, of at most 0.95, not {args.mixtures:g}")
-    other = (args.seconds, args.mixtures) != (SECONDS, MIXTURES)
-    if other and Path(args.out).resolve() == UNPACKED.resolve():
-        raise ValueError("clips of other lengths or mixtures do not ship: give an --out of its own")
-    if not args.corpus_only:
-        if (Path(args.out) / "manifest.jsonl").exists():
-            raise ValueError(
-                f"{args.out} holds clips of the codec that is to be made anew: remove it first, or"
-                " go on with it by --corpus-only"
-            )
-        fit_codec(args.codec_clips, args.workers)
-        train_tokenizer()
-        train_text_encoder()
-    write_corpus(Path(args.out), args.clips, args.full, args.seconds, args.mixtures, args.workers)
-    if Path(args.out).resolve() == UNPACKED.resolve():
-        # lp=1: the codes are pairs of bytes, and their high bytes resemble each other.
-        filters = [dict(id=lzma.FILTER_LZMA2, preset=9, lp=1, lc=3, pb=1)]
-        with (
-            lzma.open(PACKED, "w", filters=filters) as file,
-            tarfile.open(fileobj=file, mode="w") as tar,
-        ):
-            for path in sorted(Path(args.out).iterdir()):
-                tar.add(path, path.name)
-        print(f"{PACKED}: {PACKED.stat().st_size / 1e6:.1f} MB")
+@dataclass
+class JudgeOptions:
+    clips: int = option(4352, "clips to learn from", "[64, inf)")
+    workers: int = option(os.cpu_count() or 1, "processes", "[1, inf)")
 
 
-def listen(args):
-    """Renders some clips to wav files and prints what they are."""
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    clips = [sample_clip(args.first + i) for i in range(args.n)]
-    started = time.perf_counter()
-    sounds = render_many([compose(*clip, args.seconds) for clip in clips], args.seconds)
-    spent = time.perf_counter() - started
-    for i, ((factors, _), sound) in enumerate(zip(clips, sounds), start=args.first):
-        which = "-".join(filter(None, [factors["genre"], factors["rhythm"]])).replace(" ", "-")
-        path = folder / f"{i:05d}-{which}.wav"
-        soundfile.write(path, sound, SAMPLE_RATE)
-        print(f"{path}  {factors}")
-        rng = np.random.default_rng(i)
-        for length in ("words", "sentence", "paragraph"):
-            print("   ", caption(factors, rng, length))
-    print(f"{args.n * args.seconds:.0f} s of music in {spent:.1f} s", file=sys.stderr)
+def judge(args):
+    """Trains the judge again, on clips of its own."""
+    from toy.judge import build
+
+    build(args.clips, args.workers)
+
+
+@dataclass
+class ShipOptions:
+    guidance: float = option(None, "of the text", "[0, 100]")
+    temperature: float = option(None, "of a language model", "[0.01, 100]")
+    top_k: int = option(None, "of a language model", "[1, inf)")
+    top_p: float = option(None, "of a language model", "(0, 1]")
+    steps: int = option(None, "of a refiner", "[1, inf)")
+    sketch_guidance: float = option(None, "of a refiner", "[0, 100]")
 
 
 def ship(args):
-    """Makes a checkpoint the one that ships: in half precision, with its sampling options."""
+    """Installs a checkpoint as the default model, in half precision, with its sampling options."""
     config = read_config(args.checkpoint)
-    kept = {k: config[k] for k in ("train", "step", "best", "codec")}
+    missing = {"train", "step", "best", "codec"} - set(config)
+    if missing:
+        raise ValueError(f"{args.checkpoint} was not made by train.py: it has no {min(missing)!r}")
     if is_refiner(config):
-        load, folder = load_refiner, HERE / "refiner"
+        model, out = load_refiner(args.checkpoint), HERE / "refiner"
         options = ("steps", "guidance", "sketch_guidance")
     else:
-        load, folder = load_checkpoint, HERE / "lm"
+        model, out = load_checkpoint(args.checkpoint), HERE / "lm"
         options = ("guidance", "temperature", "top_k", "top_p")
-    given = {option: getattr(args, option) for option in options}
-    kept["sampling"] = {k: v for k, v in given.items() if v is not None}
-    parts = load(args.checkpoint), load_text_encoder(args.checkpoint)
-    save_checkpoint(folder, *parts, kept, dtype=torch.float16)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{folder}: {size / 1e6:.1f} MB")
+    sampling = {name: getattr(args, name) for name in options}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    # Folders and devices mean nothing on another machine.
+    known = lambda value: not isinstance(value, str) or value == "toy"
+    extra = {key: config[key] for key in ("step", "best", "codec")}
+    extra["train"] = {key: value for key, value in config["train"].items() if known(value)}
+    extra["sampling"] = (config.get("sampling") or {}) | sampling
+    encoder = load_text_encoder(args.checkpoint)
+    save_checkpoint(out, model, encoder, extra, dtype=torch.float16)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{out}: {size / 1e6:.1f} MB")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("listen", help=listen.__doc__)
-    c.add_argument("--n", type=int, default=8, help="number of clips")
-    c.add_argument("--first", type=int, default=0, help="index of the first clip")
-    c.add_argument("--seconds", type=float, default=SECONDS, help="length of a clip")
-    c.add_argument("--out", default="toy-clips", help="folder for the wav files")
-    c.set_defaults(run=listen)
-    c = commands.add_parser("build", help=build.__doc__)
-    c.add_argument("--clips", type=int, default=6144, help="clips of the corpus [6144]")
-    c.add_argument("--full", type=int, default=1024, help="clips with all nine codebooks [1024]")
-    c.add_argument(
-        "--codec-clips", type=int, default=320, help="clips the codec is fitted to [320]"
-    )
-    c.add_argument("--seconds", type=float, default=SECONDS, help="of a corpus' clip [10]")
-    c.add_argument(
-        "--mixtures", type=float, default=MIXTURES, help=f"share of mixed genres [{MIXTURES}]"
-    )
-    c.add_argument("--corpus-only", action="store_true", help="keep all but the corpus")
-    c.add_argument("--out", default=str(UNPACKED), help="data folder; the default is packed, too")
-    c.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    c.set_defaults(run=build)
-    c = commands.add_parser("ship", help=ship.__doc__)
-    c.add_argument("checkpoint", help="folder of a checkpoint, such as out/simba/best")
-    for option in ("guidance", "temperature", "top-p"):
-        c.add_argument(f"--{option}", type=float, help="[as sample.py has it]")
-    c.add_argument("--top-k", type=int, help="[as sample.py has it]")
-    c.add_argument("--steps", type=int, help="of a refiner [as sample.py has it]")
-    c.add_argument("--sketch-guidance", type=float, help="of a refiner [as `refine` has it]")
-    c.set_defaults(run=ship)
+    sys.argv[0] = "python -m toy"  # its name in messages
+    parser = new_parser(__doc__)
+    commands = parser.add_subparsers(required=True)
+    for run, options in (
+        (listen, ListenOptions), (build, BuildOptions), (judge, JudgeOptions), (ship, ShipOptions),
+    ):  # fmt: skip
+        command = commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
+        if run is ship:
+            command.add_argument("checkpoint", help="its folder, such as out/simba/best")
+        add_arguments(command, options)
+        command.set_defaults(run=run, options=options)
     args = parser.parse_args()
+    for item in fields(args.options):
+        check_value(item.name, getattr(args, item.name), item.metadata["valid"])
     args.run(args)
 
 
