@@ -1,7 +1,11 @@
 """The toy world: reproducible music, true captions, a corpus that is what it says."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +13,9 @@ import pytest
 from tokenizers import Tokenizer
 
 import train
+from checkpoint import load_checkpoint, read_config, save_checkpoint
 from data import Clips
+from model import LMConfig, MusicLM
 from toy import __main__, band, composer, corpus, songbook, words
 
 LENGTHS = (None, "words", "sentence", "paragraph")
@@ -45,15 +51,74 @@ def test_a_corpus_may_have_more_mixtures_or_none(monkeypatch):
             songbook.sample_clip(i, mixtures=share)[0]["rhythm"] is not None for i in range(2000)
         ]
         assert np.mean(mixed) == pytest.approx(share, abs=0.03)
-    for share, why in (("1", "at most 0.95"), ("0.4", "do not ship")):
-        monkeypatch.setattr("sys.argv", ["toy.py", "build", "--corpus-only", "--mixtures", share])
+    for share, why in (("1", r"--mixtures must be in \[0, 0.95\]"), ("0.4", "do not ship")):
         with pytest.raises(ValueError, match=why):
-            __main__.main()
+            command(monkeypatch, "build", "--corpus-only", "--mixtures", share)
 
 
-def test_a_corpus_of_another_codec_is_not_gone_on_with(tmp_path):
+def command(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["toy", *map(str, words)])
+    __main__.main()
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["listen", "--n", "0"], "--n must be in"),
+        (["listen", "--seconds", "inf"], "--seconds must be in"),
+        (["build", "--workers", "0"], "--workers must be in"),
+        (["judge", "--clips", "1"], "--clips must be in"),
+        (["ship", "toy/lm", "--top-k", "0"], "--top-k must be in"),
+        (["ship", "nowhere"], "no checkpoint at nowhere"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(monkeypatch, words, why):
+    with pytest.raises(ValueError, match=why):
+        command(monkeypatch, *words)
+
+
+def test_what_ships_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+    """All names in the training options of a shipped model mean something elsewhere."""
+    lm = MusicLM(LMConfig(codebooks=1, blocks=1, d_model=64, d_text=128, codebook_size=1024))
+    options = dict(data="/home/me/data", out="out/x", init_from="toy", text_encoder="toy", steps=3)
+    extra = dict(train=options, step=3, best=0.5, codec="toy", sampling=dict(top_k=9, guidance=2))
+    save_checkpoint(tmp_path / "run", lm, corpus.text_encoder(), extra)
+    monkeypatch.setattr(__main__, "HERE", tmp_path / "toy")
+    command(monkeypatch, "ship", tmp_path / "run", "--guidance", "4")
+    config = read_config(tmp_path / "toy" / "lm")
+    assert config["train"] == dict(init_from="toy", text_encoder="toy", steps=3)
+    assert config["sampling"] == dict(top_k=9, guidance=4)
+    assert config["step"] == 3 and config["best"] == 0.5 and config["codec"] == "toy"
+    shipped = load_checkpoint(tmp_path / "toy" / "lm").state_dict()
+    assert all((v.half() == shipped[k].half()).all() for k, v in lm.state_dict().items())
+    for folder in ("lm", "refiner"):
+        names = read_config(corpus.HERE / folder)["train"].values()
+        assert {name for name in names if isinstance(name, str)} <= {"toy"}
+
+
+def test_training_and_judging_need_no_midi_and_no_utf8_locale():
+    """In a process of its own, where all text files are ASCII unless opened as UTF-8."""
+    program = """
+import sys, torch, train
+from data import Clips
+from toy import judge
+folder, describe = train.open_data("toy")
+assert len(Clips(folder, "train")) > 5000
+print(train.new_encoder("toy").tokenizer("jazz reggae").input_ids)
+judge.load_judge().listen([torch.ones(88200)])
+print([name for name in ("pretty_midi", "toy.composer", "toy.band") if name in sys.modules])
+"""
+    env = os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    root = Path(corpus.HERE).parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    tokens = corpus.text_encoder().tokenizer("jazz reggae").input_ids
+    assert done.stdout.decode().split("\n")[:2] == [str(tokens), "[]"]
+
+
+def test_a_corpus_of_another_codec_is_not_continued(tmp_path):
     (tmp_path / "manifest.jsonl").write_text("")
-    with pytest.raises(ValueError, match="remove it first"):
+    with pytest.raises(ValueError, match="remove it"):
         __main__.build(
             SimpleNamespace(mixtures=0.15, seconds=10.0, out=str(tmp_path), corpus_only=False)
         )

@@ -84,8 +84,8 @@ def build(args):
     if not args.corpus_only:
         if (out / "manifest.jsonl").exists():
             raise ValueError(
-                f"{out} holds clips of the present codec, which would be replaced: remove {out},"
-                " or continue it with --corpus-only"
+                f"{out} holds clips of the codec that would be replaced: remove it, or continue it"
+                " with --corpus-only"
             )
         fit_codec(args.codec_clips, args.workers)
         train_tokenizer()

@@ -3,8 +3,8 @@
 `compose` writes drums, bass, comping (chords) and lead, one part after the other, from the genre's
 page of the songbook. Each part has its own random generator: a change to one leaves the others.
 
-Pitches are MIDI numbers; a step is a sixteenth note; `bar` and `own_bar` are lengths in steps, of
-the rhythm's bar and of the genre's own.
+Pitches are MIDI numbers, and a step is a sixteenth note. `bar` and `own_bar` are lengths in steps: of
+a bar of the clip, and of one of the part. v is a `comp` line, p a pitch.
 """
 
 import re
@@ -119,11 +119,9 @@ class Piece:
         part = pretty_midi.Instrument(program, is_drum, name)
         own = (4 if program == TR808 else 1) if is_drum else LOUDNESS.get(program, 2)
         volume = 100 * 10 ** ((level - own) / 40)  # controller 7 is squared by the synthesiser
-        reverb = int(127 * (self.genre.room + self.rhythm.room) / 2)
-        part.control_changes += [
-            pretty_midi.ControlChange(7, int(np.clip(volume, 1, 127)), 0),
-            pretty_midi.ControlChange(91, reverb, 0),
-        ]
+        reverb = 127 * (self.genre.room + self.rhythm.room) / 2
+        for number, value in ((7, np.clip(volume, 1, 127)), (91, reverb)):
+            part.control_changes.append(pretty_midi.ControlChange(number, int(value), 0))
         self.midi.instruments.append(part)
         return part
 
@@ -241,7 +239,7 @@ class Piece:
         for i in range(2):
             rhythm = fill_bars(pick(rng, self.genre.line), self.own_bar, bar, 1)
             rhythm = change_density(rhythm, mood.density, bar, rng)
-            if i == 0 and not list(onsets(rhythm[:4])):
+            if i == 0 and not onsets(rhythm[:4]):
                 rhythm = "x" + rhythm[1:]  # the lead plays from the first beat
             moves = rng.choice([-3, -2, -1, -1, 1, 1, 2, 3], size=bar)
             motifs.append((rhythm.lstrip("-").rjust(bar, "."), moves))

@@ -73,7 +73,7 @@ def play_and_encode(indices, seconds, mixtures) -> np.ndarray:
 
 
 def write_corpus(out, clips, full, seconds, mixtures, workers):
-    """Writes clips 0 ... `clips` - 1 to the data folder `out`, all nine codebooks of the first `full`
+    """Writes clips 0 ... `clips` - 1 to the data folder `out`: nine codebooks of the first `full`
     clips, one of the others. An interrupted corpus is continued."""
     writer = Writer(out, load_codec("toy"))
     todo = range(len(writer.rows()), clips)

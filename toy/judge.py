@@ -1,8 +1,8 @@
 r"""The toy world's judge: it listens to audio, names its factors, and says how well words fit it.
 
-It does what OpenL3 (FD), PaSST (KL) and CLAP do for real music, in one small network: a dual encoder
-of audio and captions, trained by contrast (CLAP's recipe, arXiv 2206.04769), with a head for each
-factor. It learns from clips of its own and never hears generated audio. docs/toy-world.md has more.
+It does what OpenL3 (FD), PaSST (KL) and CLAP do for real music, in one small network: an encoder of
+audio and one of captions, trained by contrast (CLAP's recipe, arXiv 2206.04769), with a head for
+each factor. It learns from clips of its own and never hears generated audio.
 
     audio --hear--> Sound --Ear--> frames (W, D) --mean--> embedding \
                                 \-> genre, rhythm, lead, tempo, key, mood     > cosine

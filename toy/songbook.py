@@ -4,8 +4,8 @@ A clip begins as six factors: genre, rhythm, tempo (bpm), key, lead, mood. `rhyt
 second genre, whose drums, bass and timing carry the harmony and melody of the first: genre "jazz"
 with rhythm "reggae" is "jazz reggae". GENRES and MOODS are the pages of songbook.txt.
 
-Pitches are MIDI numbers, levels dB. A step is a sixteenth note, one column of the tablature. A chord
-is (root above the tonic, tones above the root) in semitones. g is a page.
+Pitches are MIDI numbers, levels dB. A step is a sixteenth note, one column of the tablature. A
+chord is (root above the tonic, tones above the root) in semitones. g is a page.
 """
 
 import re
