@@ -3,8 +3,8 @@
 `compose` writes drums, bass, comping (chords) and lead, one part after the other, from the genre's
 page of the songbook. Each part has its own random generator: a change to one leaves the others.
 
-Pitches are MIDI numbers, and a step is a sixteenth note. `bar` and `own_bar` are lengths in steps: of
-a bar of the clip, and of one of the part. v is a `comp` line, p a pitch.
+Pitches are MIDI numbers; a step is a sixteenth note. `bar` and `own_bar` are lengths in steps, of a
+bar of the clip and of one of the part. v is a `comp` line, p a pitch.
 """
 
 import re
