@@ -64,12 +64,13 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None):
         update = torch.einsum("bh,bhp,bn->bhpn", dt[:, t], x[:, t], B[:, t])
         state = decay[..., None, None] * state + update
         outputs.append(torch.einsum("bhpn,bn->bhp", state, C[:, t].to(state.dtype)))
-    y = torch.stack(outputs, 1).to(x.dtype)  # (B, L, H, P)
+    y = torch.stack(outputs, 1).to(x.dtype) if outputs else torch.zeros_like(x)  # (B, L, H, P)
     if D is not None:
         y = y + D[:, None].to(x.dtype) * x
     return y, state
 
 
+@ssd_kernel.nan_stays_causal
 def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     """The same function as `ssd_recurrent`, by matrix products over chunks of Q frames.
 
@@ -84,7 +85,7 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
 
     Any L: the last chunk is filled up with dt = 0, at which the state neither fades nor takes in.
     """
-    L, H, Q = *x.shape[1:3], min(chunk, x.shape[1])
+    L, H, Q = *x.shape[1:3], max(1, min(chunk, x.shape[1]))
     state = _initial_state(x, B, initial_state)
     if missing := -L % Q:
         x, dt, B, C = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, missing)) for v in (x, dt, B, C))
@@ -116,9 +117,10 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
         state = fade * state + new
 
     # 4. What the entering state says: read it through C, faded from the chunk's beginning.
-    read = C @ rearrange(torch.stack(entering, 1).to(C.dtype), "b c h p n -> b c n (h p)")
-    read = rearrange(read, "b c q (h p) -> b c h q p", h=H)  # (B, c, H, Q, P)
-    y = y + read * torch.exp(a)[..., None].to(y.dtype)
+    if entering:
+        read = C @ rearrange(torch.stack(entering, 1).to(C.dtype), "b c h p n -> b c n (h p)")
+        read = rearrange(read, "b c q (h p) -> b c h q p", h=H)  # (B, c, H, Q, P)
+        y = y + read * torch.exp(a)[..., None].to(y.dtype)
 
     y = rearrange(y, "b c h q p -> b (c q) h p")[:, :L]
     if D is not None:

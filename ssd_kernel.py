@@ -563,11 +563,38 @@ def path(device):
     return f"SSD in PyTorch ({reason})" if reason else "SSD in Triton kernels"
 
 
+def nan_stays_causal(scan):
+    """Keeps a NaN or an inf in frame t out of the outputs and gradients of the frames before t.
+
+    A product of matrices multiplies masked entries by zero, and 0 * NaN is NaN. So the scan sees
+    zeros in such a frame, and its outputs become NaN from that frame on.
+    """
+
+    @functools.wraps(scan)
+    def contained(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
+        with torch.no_grad():  # NaN at the frames that have a NaN or an inf, 0 at the others
+            sums = (v.sum(2, dtype=torch.float32) for v in (x.flatten(2), dt, B, C))
+            poison = 0 * sum(sums)[..., None]  # (B, L, 1)
+            finite = poison == 0
+        # Where it costs nothing to ask, good inputs are not copied.
+        ask = type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
+        if ask and finite.all():
+            return scan(x, dt, A, B, C, D, initial_state, chunk)
+        x = torch.where(finite[..., None], x, 0)
+        dt, B, C = (torch.where(finite, v, 0) for v in (dt, B, C))
+        y, state = scan(x, dt, A, B, C, D, initial_state, chunk)
+        poison = poison.cumsum(1)[..., None]  # (B, L, 1, 1)
+        return y + poison.to(y.dtype), state + poison.sum(1, keepdim=True)
+
+    return contained
+
+
 def available(x):
     """Whether `ssd` can take x (..., P): model.Mamba2 asks, and uses model.ssd_chunked if not."""
     return obstacle(x.device) is None and x.dtype in DTYPES and x.shape[-1] <= 128
 
 
+@nan_stays_causal
 def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     """The SSD by the kernels above: y and the final state, as `model.ssd_recurrent` defines them.
 
@@ -587,7 +614,7 @@ def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     Q = max(16, 1 << (min(chunk, x.shape[1]) - 1).bit_length())  # a power of two
     # The last chunk is filled up with dt = 0, frames that neither fade nor feed the state. The
     # cumulative sum begins anew in every chunk, or the small differences would lose their digits.
-    missing = -x.shape[1] % Q
+    missing = max(1, triton.cdiv(x.shape[1], Q)) * Q - x.shape[1]
     dt = rearrange(F.pad(dt.float(), (0, 0, 0, missing)), "b (c q) h -> b c h q", q=Q).contiguous()
     a = (dt * A.float()[:, None]).cumsum(-1)
     B, C = (F.pad(v.to(x.dtype), (0, 0, 0, missing)).contiguous() for v in (B, C))
