@@ -104,8 +104,8 @@ def load_weights(module, file, prefix=""):
     """Fills a module with those tensors of a checkpoint's file whose name begins with `prefix`."""
     tensors = read_tensors(file)
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    if "shared.weight" in tensors:
-        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    for name in [name for name in tensors if name.endswith("shared.weight")]:
+        tensors[name.replace("shared", "encoder.embed_tokens")] = tensors[name]
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

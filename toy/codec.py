@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import audio as sound
-from audio import HOP, N_FFT, under_another_name
+from audio import HOP, N_FFT
+from checkpoint import load_weights
 
 
 def nearest_entry(vectors, entries):  # (n, 8), (1024, 8) -> (n,)
@@ -230,32 +230,24 @@ class ToyCodec(nn.Module):
         return sound.istft(spectrum)[:, edge:-edge]
 
     def save(self, folder):
-        """Writes model.safetensors (fp16: the values are rounded already) and config.json."""
+        """Writes config.json and model.safetensors (fp16: the values are rounded already)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         sizes = dict(codebooks=self.codebooks, codebook_size=self.codebook_size)
         config = dict(name=self.name, **sizes, bands=len(self.mean))
-        tensors = {key: value.half().contiguous() for key, value in self.state_dict().items()}
-        with (
-            under_another_name(folder / "model.safetensors") as weights,
-            under_another_name(folder / "config.json") as about,
-        ):
-            save_file(tensors, weights)
-            about.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        sound.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+        with sound.under_another_name(folder / "model.safetensors") as part:
+            save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, part)
 
     @classmethod
     def load(cls, folder):
         """A saved codec. ValueError, in one sentence, if it is missing or damaged."""
         folder = Path(folder)
-        cure = "`git checkout -- toy/codec` restores the shipped one"
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             codec = cls(config["codebooks"], config["codebook_size"], config["bands"])
-            codec.load_state_dict(load_file(folder / "model.safetensors"))
-        except FileNotFoundError as error:
-            name = Path(error.filename or folder).name
-            raise ValueError(f"no codec in {folder}: {name} is missing; {cure}") from None
-        except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"the codec in {folder} is damaged ({reason}); {cure}") from None
+            load_weights(codec, folder / "model.safetensors")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            cure = "`git checkout -- toy/codec` restores the shipped one"
+            raise ValueError(f"no codec in {folder}, or a damaged one ({error}); {cure}") from None
         return codec

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 from audio import FRAME_RATE, SAMPLE_RATE, band_power, filterbank, under_another_name
-from checkpoint import read_tensors
+from checkpoint import load_weights, read_tensors
 from codec import load_codec
 from text import TextEncoder
 from toy import corpus
@@ -225,14 +225,7 @@ def windows(audio, seconds, every, rate=SAMPLE_RATE):
 def load_judge(file=FILE) -> Judge:
     """The trained judge. ValueError, in one sentence, if the file is missing or another judge's."""
     judge = Judge()
-    try:
-        tensors = read_tensors(file)
-        tied = tensors["reader.encoder.shared.weight"]
-        judge.load_state_dict(tensors | {"reader.encoder.encoder.embed_tokens.weight": tied})
-    except (ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        cure = "`python -m toy judge` makes another"
-        raise ValueError(f"{file} does not hold this judge ({reason}); {cure}") from None
+    load_weights(judge, file)
     return judge.eval().requires_grad_(False)
 
 
