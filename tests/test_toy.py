@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import train
 from checkpoint import load_checkpoint, read_config, save_checkpoint
 from data import Clips
 from model import LMConfig, MusicLM
+from text import TextEncoder
 from toy import __main__, band, composer, corpus, songbook, words
 
 LENGTHS = (None, "words", "sentence", "paragraph")
@@ -23,6 +23,11 @@ LENGTHS = (None, "words", "sentence", "paragraph")
 
 def notes(midi):
     return [(n.start, n.end, n.pitch, n.velocity) for part in midi.instruments for n in part.notes]
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["toy", *map(str, words)])
+    __main__.main()
 
 
 def test_a_clip_is_determined_by_its_index():
@@ -56,11 +61,6 @@ def test_a_corpus_may_have_more_mixtures_or_none(monkeypatch):
             command(monkeypatch, "build", "--corpus-only", "--mixtures", share)
 
 
-def command(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["toy", *map(str, words)])
-    __main__.main()
-
-
 @pytest.mark.parametrize(
     "words, why",
     [
@@ -91,6 +91,13 @@ def test_what_ships_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     assert config["step"] == 3 and config["best"] == 0.5 and config["codec"] == "toy"
     shipped = load_checkpoint(tmp_path / "toy" / "lm").state_dict()
     assert all((v.half() == shipped[k].half()).all() for k, v in lm.state_dict().items())
+    encoder = corpus.text_encoder()
+    encoder.encoder.save_pretrained(tmp_path / "t5")
+    encoder.tokenizer.save_pretrained(tmp_path / "t5")
+    encoder = TextEncoder.pretrained(str(tmp_path / "t5"))
+    save_checkpoint(tmp_path / "run", lm, encoder, extra)
+    with pytest.raises(ValueError, match="text encoder is a folder"):
+        command(monkeypatch, "ship", tmp_path / "run")
     for folder in ("lm", "refiner"):
         names = read_config(corpus.HERE / folder)["train"].values()
         assert {name for name in names if isinstance(name, str)} <= {"toy"}
@@ -116,12 +123,10 @@ print([name for name in ("pretty_midi", "toy.composer", "toy.band") if name in s
     assert done.stdout.decode().split("\n")[:2] == [str(tokens), "[]"]
 
 
-def test_a_corpus_of_another_codec_is_not_continued(tmp_path):
+def test_a_corpus_of_another_codec_is_not_continued(tmp_path, monkeypatch):
     (tmp_path / "manifest.jsonl").write_text("")
     with pytest.raises(ValueError, match="remove it"):
-        __main__.build(
-            SimpleNamespace(mixtures=0.15, seconds=10.0, out=str(tmp_path), corpus_only=False)
-        )
+        command(monkeypatch, "build", "--out", tmp_path)
 
 
 def test_every_genre_and_mood_plays_from_the_first_moment():

@@ -205,6 +205,8 @@ def ship(args):
     extra["train"] = {key: value for key, value in config["train"].items() if known(value)}
     extra["sampling"] = (config.get("sampling") or {}) | sampling
     encoder = load_text_encoder(args.checkpoint)
+    if Path(encoder.name).is_dir():
+        raise ValueError(f"its text encoder is a folder that only you have, {encoder.name}")
     save_checkpoint(out, model, encoder, extra, dtype=torch.float16)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {size / 1e6:.1f} MB")

@@ -33,13 +33,7 @@ TR808 = 25  # a drum kit 3 dB louder than the others
 
 def compose(factors: dict, seed: int, seconds: float = 10.0) -> pretty_midi.PrettyMIDI:
     """The same arguments give the same notes."""
-    rng, drum_rng, bass_rng, lead_rng, hand = np.random.default_rng(seed).spawn(5)
-    piece = Piece(factors, seconds, rng, hand)
-    piece.drums(drum_rng)
-    piece.bass(bass_rng)
-    piece.comping(rng)
-    piece.lead(lead_rng)
-    return piece.midi
+    return Piece(factors, seed, seconds).midi
 
 
 def fill_bars(part: str, own_bar: int, bar: int, bars: int) -> str:
@@ -83,11 +77,11 @@ def closest_voicing(tones, low: int, high: int, previous: list | None) -> list:
 
 
 class Piece:
-    """A clip while it is written."""
+    """A clip while it is written. `hand` draws the unevenness of human hands."""
 
-    def __init__(self, factors, seconds, rng, hand):
+    def __init__(self, factors, seed, seconds):
+        rng, drum_rng, bass_rng, lead_rng, self.hand = np.random.default_rng(seed).spawn(5)
         self.factors, self.seconds = factors, seconds
-        self.hand = hand  # random generator of the unevenness of human hands
         self.genre = GENRES[factors["genre"]]  # its page gives harmony, comping and lead
         self.rhythm = GENRES[factors["rhythm"] or factors["genre"]]  # drums, bass and timing
         self.mood = MOODS[factors["mood"]]
@@ -98,6 +92,10 @@ class Piece:
         self.bars = int(np.ceil(seconds / (self.bar * self.step_seconds)))
         self.midi = pretty_midi.PrettyMIDI(initial_tempo=factors["tempo"])
         self.chords = pick(rng, getattr(self.genre, "chords_" + self.mode))  # bar by bar
+        self.drums(drum_rng)
+        self.bass(bass_rng)
+        self.comping(rng)
+        self.lead(lead_rng)
 
     def seconds_at(self, step: float) -> float:
         """When a step begins. Swing gives the first note of a pair more than half of its time."""
