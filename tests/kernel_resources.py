@@ -21,8 +21,8 @@ from triton.compiler import ASTSource
 import ssd_kernel
 
 # The most shared memory that one program may have, in bytes, by compute capability: the table
-# "Technical Specifications per Compute Capability" of NVIDIA's CUDA C++ Programming Guide.
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+# "Technical Specifications per Compute Capability" of NVIDIA's CUDA programming guide.
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
@@ -30,23 +30,24 @@ def kernels(dtype, P, N, arch):
     """(name, kernel, constants, types) of all launches at one shape, H 32, chunks of 256. A
     constant None is an argument that is not given."""
     k, H = ssd_kernel, 32
-    c = k.configurations(dtype, H, P, N, 256, SHARED_MEMORY[arch])
+    c = k.configurations(dtype, H, P, N, 256, SHARED_MEMORY[arch], arch // 10)
     names = "v w x dy own other CB dCB states S out zxBCdt y".split()
     types = dict.fromkeys(names, TYPES[dtype]) | {"L": "i32", "chunks": "i32", "eps": "fp32"}
     nothing = lambda names: dict.fromkeys(names.split())
-    step = dict(H=H, P=P, N=N, K=4, num_warps=8, num_stages=3)
-    NB, ALL = (triton.next_power_of_2(n) for n in (N, H * P + 2 * N))
+    step = dict(H=H, P=P, N=N, TAPS=4, num_warps=8, num_stages=3)
+    BLOCK_N, BLOCK = (triton.next_power_of_2(n) for n in (N, H * P + 2 * N))
     for kernel, constants in [
         (k.states_kernel, c["states"] | dict(REVERSE=False) | nothing("first S")),
         (k.states_kernel, c["states"] | dict(REVERSE=True)),
-        (k.output_kernel, c["output"] | dict(FROM=1, REVERSE=False) | nothing("x ddt dD")),
-        (k.output_kernel, c["output"] | dict(FROM=0, REVERSE=True)),
+        (k.output_kernel, c["output"] | dict(START_IS_ZERO=True, REVERSE=False)
+         | nothing("x ddt dD")),
+        (k.output_kernel, c["output"] | dict(START_IS_ZERO=False, REVERSE=True)),
         (k.dcb_kernel, c["dcb"]),
-        (k.dbc_kernel, c["dbc"] | dict(SLOT=4, REVERSE=False)),
-        (k.dbc_kernel, c["dbc"] | dict(SLOT=12, REVERSE=True)),
-        (k.step_kernel, step | dict(ROWS=min(32, P), NB=NB)),
-        (k.norm_kernel, step | dict(ALL=ALL)),
-    ]:
+        (k.dbc_kernel, c["dbc"] | dict(REVERSE=False)),
+        (k.dbc_kernel, c["dbc"] | dict(REVERSE=True)),
+        (k.step_kernel, step | dict(OWN_ROWS=min(32, P), BLOCK_N=BLOCK_N)),
+        (k.norm_kernel, step | dict(BLOCK=BLOCK)),
+    ]:  # fmt: skip
         name = kernel.__name__.removesuffix("_kernel") + "'" * constants.get("REVERSE", False)
         yield name, kernel, constants, types
 

@@ -53,8 +53,7 @@ def test_any_shape(length, with_state, way):
     args["C"] /= N**0.5
     left_out = ["initial_state"] * (not with_state) + ["D"] * (draw.random() < 0.2)
     args = {k: v for k, v in args.items() if k not in left_out}
-    # Without a decay to learn from, dA is zero but for the rounding of summands that cancel.
-    compare(way, args, ["dA"] if length == "1" and not with_state else [], chunk=16)
+    compare(way, args, chunk=16)
 
 
 @pytest.mark.parametrize("chunk", [32, 100])
@@ -65,7 +64,7 @@ def test_a_chunk_of_several_tiles(chunk):
 def test_large_tiles_give_the_same(monkeypatch):
     # Those of an H100, whose programs own more frames than they read at a time.
     small = ssd_kernel.configurations
-    monkeypatch.setattr(ssd_kernel, "configurations", lambda *a: small(*a[:-1], 232_448))
+    monkeypatch.setattr(ssd_kernel, "configurations", lambda *a: small(*a[:-2], 232_448, 9))
     compare(FP16._replace(tolerance=3e-3), inputs(7, B=1, L=300, H=1, P=16, N=80))
 
 
@@ -97,11 +96,8 @@ def test_an_unknown_dtype_is_reported_in_one_sentence():
 
 
 def test_opcheck_of_the_scan():
-    args = {k: v.detach() for k, v in cast(inputs(5, B=1, L=20, H=2), *KERNEL[1:3]).items()}
-    a = torch.randn(1, 2, 2, 16).abs().neg().cumsum(-1).to(KERNEL.device)
-    B, C = torch.randn(2, 1, 2, 16, 16, device=KERNEL.device)
-    arguments = args["x"], a.exp(), a, B, C, args["D"], torch.randn(1, 2, 4, 16).to(KERNEL.device)
-    torch.library.opcheck(ssd_kernel.ssd_forward, [v.requires_grad_() for v in arguments])
+    args = cast(inputs(5, B=1, L=20, H=2), *KERNEL[1:3])
+    torch.library.opcheck(ssd_kernel.ssd_forward, [*args.values(), 16])
 
 
 def test_opcheck_of_the_step():
@@ -143,12 +139,14 @@ def test_a_model_on_kernels_is_the_model(variant, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# Compiled, without a GPU
+# Compiled, without a GPU. The most shared memory that one program may have, in bytes:
+
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 @pytest.mark.parametrize(
     "arch, dtype, P, N",
-    [(arch, "bfloat16", 64, 512) for arch in (80, 86, 89, 90)]
+    [(arch, "bfloat16", 64, 512) for arch in (80, 86, 89, 90, 100, 120)]
     + [(86, "float32", 64, 128), (86, "float16", 16, 16), (90, "bfloat16", 128, 128)],
 )
 def test_compiled_kernels_fit_the_card_and_do_not_spill(arch, dtype, P, N):
@@ -159,12 +157,8 @@ def test_compiled_kernels_fit_the_card_and_do_not_spill(arch, dtype, P, N):
     lines = re.findall(r"(\S+) +(\d+) B +\d+ registers (\d+) spills", run.stdout)
     assert len(lines) == 9, run.stdout
     for name, shared, spills in lines:
-        assert int(shared) <= SHARED_MEMORY[arch] and int(spills) == 0, name
-
-
-# The most that one program may have, in bytes: "Technical Specifications per Compute Capability" in
-# the CUDA C++ Programming Guide.
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+        assert int(shared) <= SHARED_MEMORY[arch], name
+        assert spills == "0", name
 
 
 # ------------------------------------------------------------------------------------------------
