@@ -3,10 +3,8 @@
 B batch · S samples · T frames, T = ceil(S / 512) · D bands · F = 1025 bins
 """
 
-import math
 import os
-import shutil
-import subprocess
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,24 +26,30 @@ HANN = torch.hann_window(N_FFT)
 FULL_SCALE = float(HANN.sum() / 2) ** 2  # power in the bin of a sine of amplitude 1: 0 dB
 
 
-def frames(audio):  # (B, S) -> (B, T, 2048), a view
-    length = -(-audio.shape[-1] // HOP) * HOP
-    return F.pad(audio, (EDGE, EDGE + length - audio.shape[-1])).unfold(-1, N_FFT, HOP)
+def split_frames(audio):
+    """(B, S) -> (B, T, 2048), a view"""
+    padding = -audio.shape[-1] % HOP
+    return F.pad(audio, (EDGE, EDGE + padding)).unfold(-1, N_FFT, HOP)
 
 
-def stft(frames):  # (B, T, 2048) -> (B, T, F) complex
+def stft(frames):
+    """(B, T, 2048) -> (B, T, F) complex"""
     return torch.fft.rfft(frames * HANN.to(frames.device))
 
 
-def power(spectrum):  # |spectrum|^2; abs() would take a slow square root to be squared again
+def power(spectrum):
+    """|spectrum|^2, without the square root of abs()"""
     return spectrum.real.square() + spectrum.imag.square()
 
 
-def istft(spectrum):  # (B, T, F) complex -> (B, EDGE + 512 T + EDGE), least squares
-    T, hann = spectrum.shape[1], HANN.to(spectrum.device)
+def istft(spectrum):
+    """(B, T, F) complex -> (B, EDGE + 512 T + EDGE), by least squares"""
+    T = spectrum.shape[1]
+    hann = HANN.to(spectrum.device)
     pieces = (torch.fft.irfft(spectrum, n=N_FFT) * hann).unflatten(-1, (4, HOP))  # (B, T, 4, 512)
     weights = hann.square().view(4, HOP)
-    total, weight = pieces.new_zeros(len(pieces), T + 3, HOP), pieces.new_zeros(T + 3, HOP)
+    total = pieces.new_zeros(len(pieces), T + 3, HOP)
+    weight = pieces.new_zeros(T + 3, HOP)
     for i in range(4):
         total[:, i : i + T] += pieces[:, :, i]
         weight[i : i + T] += weights[i]
@@ -69,7 +73,8 @@ def band_power(audio, filters):
     """(B, S) -> (B, T, D) mean power of each band, a sine of amplitude 1 being about 1. Blocks of
     frames stay in the cache, and long audio needs little memory."""
     filters = filters / filters.sum(1, keepdim=True) / FULL_SCALE
-    return torch.cat([power(stft(f)) @ filters.T for f in frames(audio).split(128, dim=1)], 1)
+    blocks = split_frames(audio).split(128, dim=1)
+    return torch.cat([power(stft(frames)) @ filters.T for frames in blocks], 1)
 
 
 def mel_spectrogram(audio, n_mels=128):
@@ -91,14 +96,14 @@ def mel_distance(reference, audio):
 
 
 class Picture:
-    """A mel-spectrogram of audio that passes by: below 3,000 columns, whatever its length."""
+    """A mel-spectrogram of a stream of audio: below 3,000 columns, whatever its length."""
 
     def __init__(self, samples):
         self.pool = max(1, samples // HOP // 1500)  # frames a column
-        # One table made beforehand: small pieces kept between large ones that come and go would
-        # leave holes that nothing fits, and memory would grow with the length after all.
+        # One table from the start: many small tensors would fragment the memory.
         self.mel = torch.zeros(128, 2 + samples // HOP // self.pool, dtype=torch.half)
-        self.columns, self.rest = 0, torch.zeros(0)
+        self.columns = 0
+        self.rest = torch.zeros(0)
 
     def watch(self, chunks):
         for chunk in chunks:
@@ -140,8 +145,8 @@ class Picture:
 
 
 def join(before, audio, overlap):
-    """Cross-fades from `before` (B, 512 overlap) to `audio` within four frames about the middle of
-    the overlap: sooner the new audio lacks what went before, later the old lacks what follows."""
+    """Cross-fades from `before` (B, 512 overlap) to `audio` over four frames in the middle of the
+    overlap: earlier the new audio lacks its past, later the old one lacks its future."""
     if before is None:
         return audio
     length = min(overlap * HOP, audio.shape[-1])
@@ -153,16 +158,20 @@ def join(before, audio, overlap):
 
 @torch.no_grad()
 def overlapped(codec, pieces, to_z):
-    """Pieces (B, ..., t) of codes or z, cut anywhere -> audio (B, samples), a window at a time. The
-    windows depend on the total only, so however the pieces are cut, the audio is the same."""
-    held, before, window = None, None, STEP + codec.overlap
+    """Decodes pieces (B, ..., t) of codes or z, cut anywhere -> yields audio (B, samples), a window
+    at a time. A window starts on the last frames of the one before and continues its audio. The
+    windows depend on the total length only, so the cuts do not change the audio."""
+    held = None
+    before = None
+    window = STEP + codec.overlap
     for piece in pieces:
         held = piece if held is None else torch.cat([held, piece], -1)
         while held.shape[-1] > window:
             audio = codec.decode_window(to_z(held[..., :window]), before)
             audio = join(before, audio, codec.overlap)
             yield audio[:, : STEP * HOP]
-            held, before = held[..., STEP:], audio[:, STEP * HOP :]
+            held = held[..., STEP:]
+            before = audio[:, STEP * HOP :]
     if held is not None and held.shape[-1]:
         yield join(before, codec.decode_window(to_z(held), before), codec.overlap)
 
@@ -171,122 +180,114 @@ def overlapped(codec, pieces, to_z):
 
 
 def read_audio(path):
-    """Any file that libsndfile or ffmpeg reads -> (1, S) float32, mono, 44.1 kHz. ValueError, one
-    sentence that begins with the path, if it is none, or holds nothing."""
+    """Any file that FFmpeg reads -> (1, S) float32, mono, 44.1 kHz.
+
+    ValueError, one sentence that begins with the path, if it is not audio or holds no samples.
+    """
     return torch.from_numpy(np.concatenate(list(audio_blocks(path))))[None]
 
 
 def audio_blocks(path):
-    """The same audio in pieces (s,) of a few seconds, so that a file of hours takes no more memory
-    than one of seconds. Whole files and pieces give the same samples."""
-    import soundfile
-
-    if not Path(path).is_file():
+    """Yields the same audio in pieces (s,) of a few seconds, so that a file of hours needs no more
+    memory than one of seconds. A file counts for what can be read of it, not for the length that
+    its header announces."""
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         with open(path, "rb") as file:
-            file.read(1)
+            if not file.read(1):
+                raise ValueError(f"{path} is an empty file")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        file = soundfile.SoundFile(os.fsencode(path))  # a name need not be text
-        blocks = resampled((b.mean(1) for b in _read(file)), file.samplerate)
-    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-        reason = getattr(error, "error_string", str(error))
-        blocks = _ffmpeg(path, f"{path} is not readable audio: {reason}")
     samples = 0
-    try:
-        for block in blocks:
-            if not np.isfinite(block).all():
-                raise ValueError(f"{path} holds samples that are not numbers")
-            samples += len(block)
-            yield block
-    except soundfile.SoundFileError as error:
-        raise ValueError(f"{path} is not readable audio: {error.error_string}") from None
+    for block in _decoded(path):
+        if not np.isfinite(block).all():
+            raise ValueError(f"{path} holds samples that are not numbers")
+        samples += len(block)
+        yield block
     if not samples:
         raise ValueError(f"{path} holds no samples")
 
 
-def _read(file):  # -> blocks (s, channels)
-    with file:
-        yield from file.blocks(1 << 18, dtype="float32", always_2d=True)
+def _decoded(path):
+    import av  # FFmpeg's libraries
+    import soxr
+
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            if not container.streams.audio:
+                raise ValueError(f"{path} holds no audio")
+            stream = container.streams.audio[0]
+            if not 1000 <= stream.rate <= 1_000_000:
+                raise ValueError(f"{path} claims a sample rate of {stream.rate} Hz")
+            to_float = av.AudioResampler(format="fltp")
+            to_rate = soxr.ResampleStream(stream.rate, SAMPLE_RATE, 1, dtype="float32")
+            mono = []
+            for frame in _frames(container, stream):
+                mono += [f.to_ndarray().mean(0) for f in to_float.resample(frame)]  # (s,)
+                if sum(map(len, mono)) > 1 << 18:
+                    yield to_rate.resample_chunk(np.concatenate(mono))
+                    mono = []
+            yield to_rate.resample_chunk(np.concatenate([*mono, np.empty(0, "f4")]), last=True)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path} is not readable audio: {error.strerror}") from None
 
 
-def _ffmpeg(path, reason):
-    """What libsndfile cannot read, ffmpeg perhaps can (m4a, wma, ...) -> blocks (s,)."""
-    if not shutil.which("ffmpeg"):
-        raise ValueError(f"{reason} (ffmpeg, which reads more formats, is not installed)")
-    command = ["ffmpeg", "-v", "quiet", "-nostdin", "-i", f"file:{path}", "-map", "0:a:0"]
-    # The mean of the channels, as elsewhere: left to itself it would keep their power.
-    command += ["-ac", "1", "-rematrix_maxval", "1.0", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+def _frames(container, stream):
+    """The frames that can be decoded: what is damaged or cut off is left out."""
+    from av.error import FFmpegError
+
+    for packet in container.demux(stream):
         try:
-            while piece := process.stdout.read(4 << 18):
-                yield np.frombuffer(piece, "<f4")
-        finally:
-            process.kill()  # does nothing to one that has ended
-    if process.returncode:
-        raise ValueError(reason)
-
-
-def resampled(blocks, rate):
-    """Blocks (s,) at `rate` Hz -> blocks at 44.1 kHz, as scipy's resample_poly of the whole: each
-    is filtered together with as much of its neighbours as the filter reaches."""
-    from scipy.signal import firwin, resample_poly
-
-    if not 1000 <= rate <= 1_000_000:
-        raise RuntimeError(f"its sampling rate is said to be {rate} Hz")
-    common = math.gcd(rate, SAMPLE_RATE)
-    up, down = SAMPLE_RATE // common, rate // common
-    if up == down:
-        return blocks
-    reach = 10 * max(up, down)  # taps to each side, at up * rate
-    taps = firwin(2 * reach + 1, 1 / max(up, down), window=("kaiser", 5.0)).astype(np.float32)
-    context = -(-(reach // up + 1) // down) * down  # samples to each side; whole periods
-
-    def stream():
-        held = np.zeros(context, np.float32)  # the last `context` samples done, and what follows
-        for block in blocks:
-            held = np.concatenate([held, block])
-            ready = (len(held) - 2 * context) // down * down
-            if ready > 0:
-                piece = resample_poly(held[: ready + 2 * context], up, down, window=taps)
-                yield piece[context * up // down : (context + ready) * up // down]
-                held = held[ready:]
-        rest = -(-(len(held) - context) * up // down)
-        piece = resample_poly(np.pad(held, (0, context)), up, down, window=taps)
-        yield piece[context * up // down :][:rest]
-
-    return stream()
+            yield from packet.decode()
+        except FFmpegError:
+            continue
 
 
 def write_audio(path, audio):
-    """audio (S,) or (1, S) -> a mono .wav, .flac or .ogg file that appears once it is complete."""
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
+    """audio (S,) or (1, S) -> a mono .wav, .flac or .ogg file, which appears when complete."""
     audio = np.clip(np.asarray(audio, dtype=np.float32).reshape(-1), -1, 1)
     seconds = range(0, len(audio), SAMPLE_RATE)  # one large write fails in Vorbis
-    write_stream(path, (audio[start : start + SAMPLE_RATE] for start in seconds))
+    chunks = (audio[start : start + SAMPLE_RATE] for start in seconds)
+    write_stream(path, chunks, len(audio))
 
 
-def write_stream(path, chunks):
-    """The same from chunks (samples,), written as they come."""
+def write_stream(path, chunks, samples=0):
+    """The same from chunks (samples,) as they come. samples: how many are expected; a .wav beyond
+    4 GiB is written as RF64. OSError if the file cannot be written."""
     import soundfile
 
-    kind = FORMATS[path.suffix.lower()]
-    with (
-        under_another_name(path) as part,
-        soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, format=kind) as file,
-    ):
-        for chunk in chunks:
-            file.write(np.asarray(chunk))
+    path = Path(path)
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
+    if kind == "WAV" and 2 * samples > 4_000_000_000:
+        kind = "RF64"
+    try:
+        with (
+            under_another_name(path) as part,
+            soundfile.SoundFile(
+                part, "w", SAMPLE_RATE, 1, "PCM_16" if kind == "RF64" else None, format=kind
+            ) as file,
+        ):
+            for chunk in chunks:
+                file.write(np.asarray(chunk))
+    except soundfile.LibsndfileError as error:
+        raise OSError(f"{path} could not be written: {error.error_string}") from None
+
+
+def ensure_writable(folder):
+    """Makes a folder; OSError, before any work is done, if files cannot be written there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager
 def under_another_name(path):
-    """A name beside `path` to write to. What stands there takes the place of `path` when all has
-    gone well, and goes away when not; two processes that write the same file do not meet."""
+    """A temporary name next to `path` to write to. It takes the place of `path` at the end if all
+    went well, and is removed if not; two processes that write the same file do not interfere."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
@@ -296,5 +297,6 @@ def under_another_name(path):
 
 
 def write_text(path, text):
-    with under_another_name(path) as part:
+    """Writes UTF-8 text to a file that appears when complete."""
+    with under_another_name(Path(path)) as part:
         part.write_text(text, encoding="utf-8")

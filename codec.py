@@ -1,26 +1,19 @@
-"""The codec: between audio and the table of integers that the language models write.
+"""The codec: between audio and the table of integers that the language models predict.
 
-Ten seconds of audio become codes (9, 862): nine residual codebooks, 86.13 frames a second. The
-first codebook is a sketch of a frame's spectrum (loudness, timbre, rhythm), and each further one
-describes what those before it have missed. There are two codecs with one interface:
+Ten seconds of audio become codes (9, 862): nine residual codebooks, 86.13 frames per second. The
+first codebook is a sketch of each frame's spectrum (loudness, timbre, rhythm); each further one
+encodes what the codebooks before it have missed. There are two codecs with one interface:
 
-  toy   made here, in a minute, from nothing but signal processing and k-means; ships in toy/codec
+  toy   ships in toy/codec: signal processing and k-means, fitted in a minute (toy/codec.py)
   dac   the paper's: Descript's neural codec (arXiv 2306.06546), weights downloaded on first use
 
-How the toy codec works. It hears what a spectrogram shows: the power in `bands` frequency bands, in
-dB, for each frame of 512 samples. Encoding is residual quantisation; a level
-  1. projects the residual on its 8 leading principal components (`into`),
-  2. takes the nearest of 1024 vectors found by k-means (`entries`), whose index is the code; the
-     first level changes its code only where that pays (`sticky_codes`), to be easy to model,
-  3. maps the vectors of a frame and its two neighbours back to bands (`out`, least squares), which
-     smooths the quantisation noise over time, and leaves the rest to the next level.
-Decoding sums what the levels say, spreads bands over STFT bins, and finds a phase by fast
-Griffin-Lim (Perraudin et al. 2013), starting from sinusoids that run on from frame to frame.
+  encode(audio (B,S)) -> codes (B,9,T)                  T = ceil(S / 512)
+  from_codes(codes (B,k,T)) -> z (B,D,T)                of the k leading codebooks
+  decode(z) -> audio (B,512 T)
+  vectors(codes (B,k,T)) -> (B,k,8,T)                   the codebook entries, for the refiner
+  snap(vectors (B,k,8,T), first) -> codes (B,k,T)       the nearest entries of codebooks first ...
 
-Long audio is decoded window by window (`decode_stream`). A window starts on the last frames of the
-one before, whose audio it is made to continue, so memory does not grow and no seam is heard.
-
-  B batch · T frames · S samples, T = ceil(S / 512) · k leading codebooks · D bands · F = 1025 bins
+`decode_stream` decodes any length in constant memory, window by window.
 """
 
 from pathlib import Path
@@ -33,20 +26,19 @@ from audio import HOP, SAMPLE_RATE, overlapped
 
 
 def decode_stream(codec, code_chunks):
-    """An iterable of codes (k, t), of any sizes -> yields audio (samples,), 1.5 s at a time, in
-    constant memory. The same codes give the same bytes, however they are cut into chunks."""
+    """An iterable of codes (k, t), of any sizes -> yields audio (samples,), 1.5 s at a time. The
+    same codes give the same bytes, however they are cut into chunks."""
     for audio in overlapped(codec, (chunk[None] for chunk in code_chunks), codec.from_codes):
         yield audio[0]
 
 
-# ------------------------------------------------------------------------- the paper's codec ----
-
-
 class DACCodec(nn.Module):
-    """DAC behind the same interface. `model` is dac.DAC or transformers' DacModel: they name their
-    parts alike. Codes are the same as theirs; `decode` of long audio goes window by window."""
+    """The paper's codec. `model` is dac.DAC or transformers' DacModel, whose parts have the same
+    names. Codes equal theirs; `decode` of long audio goes window by window."""
 
-    name, sample_rate, hop = "dac", SAMPLE_RATE, HOP
+    name = "dac"
+    sample_rate = SAMPLE_RATE
+    hop = HOP
     overlap = 32  # frames: the decoder's receptive field is some ten frames to either side
 
     def __init__(self, model):
@@ -59,7 +51,8 @@ class DACCodec(nn.Module):
     @torch.no_grad()
     def encode(self, audio):  # (B, S) -> (B, 9, T)
         audio = F.pad(audio, (0, -audio.shape[-1] % HOP))
-        residual, codes = self.model.encoder(audio[:, None]), []  # (B, hidden, T)
+        residual = self.model.encoder(audio[:, None])  # (B, hidden, T)
+        codes = []
         for quantizer in self.quantizers:
             codes.append(self._nearest(quantizer, quantizer.in_proj(residual)))
             residual = residual - quantizer.out_proj(self._entry(quantizer, codes[-1]))
@@ -79,7 +72,8 @@ class DACCodec(nn.Module):
     @torch.no_grad()
     def snap(self, vectors, first=0):  # (B, k, 8, T) -> (B, k, T), as the toy codec does it
         linear = lambda layer, v: layer(v) - layer.bias[:, None]  # differences have no bias
-        lost, codes = 0, []  # (B, hidden, T)
+        lost = 0  # (B, hidden, T), what the levels so far have rounded away
+        codes = []
         for vector, quantizer in zip(vectors.unbind(1), self.quantizers[first:]):
             wanted = vector + linear(quantizer.in_proj, lost) if codes else vector
             codes.append(self._nearest(quantizer, wanted))
@@ -101,8 +95,8 @@ class DACCodec(nn.Module):
 
 
 def load_codec(name="toy", folder=None):
-    """ "toy" from the repository or from `folder`; "dac" from the net, or from a `folder` with
-    Hugging Face's copy."""
+    """The codec "toy", from the repository or from `folder`, or "dac", downloaded or from a
+    `folder` with Hugging Face's copy. ValueError, one sentence, if it cannot be had."""
     if name == "toy":
         from toy.codec import ToyCodec
 

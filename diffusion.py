@@ -30,7 +30,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from checkpoint import load_weights, read_config
-from model import FeedForward, RMSNorm, SelfAttention, inverse_softplus, log_uniform, sinusoids, ssd
+from model import (
+    Context,
+    FeedForward,
+    RMSNorm,
+    SelfAttention,
+    inverse_softplus,
+    log_uniform,
+    sinusoids,
+    ssd,
+)
 from options import check, option
 
 # ------------------------------------------------------------------------------------------------
@@ -170,7 +179,7 @@ class Attention(SelfAttention):
         super().__init__(config, causal=False)
 
     def forward(self, h):
-        return super().forward(h, None)[0]
+        return super().forward(h, Context(None, None, None))[0]
 
 
 MIXERS = {"ssd": BiMamba2, "attention": Attention}
@@ -192,7 +201,7 @@ class Layer(nn.Module):
     def forward(self, h, modulation):  # (B, L, D), (B, 6, D)
         vectors = (self.table + modulation)[:, :, None].unbind(1)  # six of (B, 1, D)
         for mix, norm, (scale, shift, gate) in zip(
-            (self.mixer, self.ff.step), self.norms, (vectors[:3], vectors[3:])
+            (self.mixer, self.ff.mix), self.norms, (vectors[:3], vectors[3:])
         ):
             h = h + gate * mix(norm(h) * (1 + scale) + shift)
         return h

@@ -1,27 +1,23 @@
-"""The language models: from text and the codec tokens so far to the next codec tokens.
+"""The language models: from text and codec tokens so far to the next codec tokens.
 
-A clip of audio is a table of integers, K codebooks by L frames (`codec.py` makes it, 86.13 frames
-a second). A language model reads it from left to right and, at every frame, gives a distribution
-over the next one. Text comes in either as a *prefix*, as if it were the beginning of the music, or
-through *cross-attention*. This file holds all of it, from the small parts to the whole:
+A clip of audio is a table of integers, K codebooks by L frames (`codec.py`), 86.13 frames per
+second. A language model reads it from left to right and predicts each next frame. Text enters as a
+*prefix*, in front of the music, or through *cross-attention*. From the small parts to the whole:
 
-    1  the SSD         `ssd_recurrent` (the definition) and `ssd_chunked` (the same, in parallel)
-    2  the layers      Mamba2, FeedForward, EinFFT, SelfAttention, CrossAttention
-    3  the model       LMConfig, MusicLM: `forward` over a sequence, `step` over one token
-    4  the text        TextEncoder: Flan-T5, or a small T5 of the same class
-    5  sampling        `generate`: guidance, temperature, top-k and top-p, one seed per sample
-    6  checkpoints     a folder with config.json and model.safetensors
-    7  the command     options made of a dataclass, errors told in one sentence
+    1  the SSD      `ssd_recurrent` (the definition) and `ssd_chunked` (the same, in parallel)
+    2  the layers   Mamba2, FeedForward, EinFFT, SelfAttention, CrossAttention
+    3  the model    LMConfig, MusicLM: `forward` over a sequence, `step` over one frame
 
 Letters, the same in every file:
 
     B batch    L length (frames)    K codebooks    V vocabulary: 1024 codes + 1 special token
     D d_model  H heads              P headdim      N d_state      Q chunk      S length of the text
 
-In the SSD's formulas B, C, D and S are keys, queries, the skip's weight and the state instead.
+In the SSD's formulas B and C are the input and output projections ("keys" and "queries"), D is the
+weight of the skip connection and S the state.
 
-Papers: the models are those of arXiv 2601.14786 ("SSMTTM" below), Fig. 1; Mamba-2 and the SSD are
-from arXiv 2405.21060 ("SSD paper"); the delay pattern is MusicGen's, arXiv 2306.05284.
+Papers: the models are those of arXiv 2601.14786 ("SSMTTM" below), Fig. 1. Mamba-2 and the SSD are
+from arXiv 2405.21060 ("SSD paper"). The delay pattern is MusicGen's, arXiv 2306.05284.
 """
 
 import math
@@ -41,21 +37,21 @@ from options import check, option
 # ------------------------------------------------------------------------------------------------
 # 1  The SSD: a linear recurrence whose state is a matrix
 #
-# Every head carries a state S, a (P, N) matrix. At each frame the state fades by a scalar and takes
-# in one outer product; the output reads it through C:
+# Every head carries a state S, a (P, N) matrix. At each frame the state decays by a scalar and one
+# outer product is added; the output reads the state through C:
 #
 #     S_t = exp(dt_t A) S_{t-1} + (dt_t x_t) B_t^T          y_t = S_t C_t + D x_t
 #
-# dt, B and C depend on the input ("selective"), A < 0 and D are learned constants of the head, and
-# B and C are shared by all heads. (SSD paper, eq. 1 with the discretisation of sec. 2; SSMTTM (2))
+# dt, B and C depend on the input ("selective"). A < 0 and D are learned constants of each head. B
+# and C are shared by all heads. (SSD paper, eq. 1 with the discretisation of sec. 2; SSMTTM (2))
 
 
 def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None):
-    """The definition, a loop over time. Slow, obvious; everything else is tested against it.
+    """The definition, a loop over time. Slow and obvious; all else is tested against it.
 
     x (B,L,H,P), dt (B,L,H) after softplus, A (H,) negative, B and C (B,L,N), D (H,) or None,
     initial_state (B,H,P,N) or None for zeros -> y (B,L,H,P), final_state (B,H,P,N).
-    The state is fp32 (fp64 for fp64 inputs): in bf16, 1.0 times 0.999 stays 1.0 for ever.
+    The state is fp32 (fp64 for fp64 inputs): in bf16, 1.0 times 0.999 would stay 1.0 forever.
     """
     state = _initial_state(x, B, initial_state)
     outputs = []
@@ -78,45 +74,48 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
 
         y_i = sum_{j <= i} exp(a_i - a_j) (C_i . B_j) (dt_j x_j)   +   exp(a_i) S_in C_i
 
-    with a = cumsum(dt A) inside the chunk and S_in the state that enters it. The first term looks
-    like attention without a softmax; the second is how the past arrives. Each of the L/Q
-    chunks costs Q^2 P + Q^2 N / H + 2 Q P N + P N multiply-adds a head: linear in L. (SSD paper,
-    sec. 6 and listing 1)
+    with a = cumsum(dt A) inside the chunk and S_in the state that enters it. The first term is
+    attention without a softmax; the second brings in the past. Each of the L/Q chunks costs
+    Q^2 P + Q^2 N / H + 2 Q P N + P N multiply-adds per head: linear in L. (SSD paper, sec. 6 and
+    listing 1)
 
-    Any L: the last chunk is filled up with dt = 0, at which the state neither fades nor takes in.
+    Any L works: the last chunk is padded with dt = 0, which leaves the state as it is.
     """
-    L, H, Q = *x.shape[1:3], max(1, min(chunk, x.shape[1]))
+    L, H = x.shape[1:3]
+    Q = max(1, min(chunk, L))
     state = _initial_state(x, B, initial_state)
-    if missing := -L % Q:
-        x, dt, B, C = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, missing)) for v in (x, dt, B, C))
+    if padding := -L % Q:
+        x, dt, B, C = (pad_time(v, padding) for v in (x, dt, B, C))
 
-    # Heads before frames: every product below is then one of matrices that lie whole in memory.
+    # Heads before frames, so that every product below reads contiguous matrices.
     u = rearrange(x * dt[..., None].to(x.dtype), "b (c q) h p -> b c h q p", q=Q).contiguous()
-    B, C = (rearrange(v, "b (c q) n -> b c q n", q=Q) for v in (B, C))
-    # The decays are exponentials of sums: they are formed in fp32 and inside a chunk only, because
-    # a sum over the whole sequence would lose the digits of the small differences that matter.
+    B = rearrange(B, "b (c q) n -> b c q n", q=Q)
+    C = rearrange(C, "b (c q) n -> b c q n", q=Q)
+    # The cumulative sum is in fp32 and inside a chunk only: over the whole sequence it would lose
+    # the digits of the small differences that matter.
     a = rearrange(dt.to(state.dtype) * A, "b (c q) h -> b c h q", q=Q).contiguous().cumsum(-1)
 
-    # 1. Inside each chunk: y_i = sum_j M_ij u_j, M_ij = exp(a_i - a_j) (C_i . B_j). The mask enters
-    #    before the exponential: above the diagonal a_i - a_j > 0 may overflow, and inf * 0 would
-    #    poison the gradient.
+    # 1. Inside each chunk: y_i = sum_j M_ij u_j with M_ij = exp(a_i - a_j) (C_i . B_j). The mask
+    #    comes before the exponential: above the diagonal a_i - a_j > 0 may overflow, and inf * 0
+    #    would make the gradient NaN.
     future = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
     decay = (a[..., :, None] - a[..., None, :]).masked_fill_(future, -torch.inf).exp()
     M = decay.to(x.dtype) * (C @ B.mT)[:, :, None]  # (B, c, H, Q, Q)
     y = M @ u  # (B, c, H, Q, P)
 
-    # 2. What each chunk adds to the state: the sum of its outer products, faded to its end.
-    faded = u * torch.exp(a[..., -1:] - a)[..., None].to(u.dtype)
-    added = rearrange(faded, "b c h q p -> b c (h p) q") @ B
+    # 2. What each chunk adds to the state: the sum of its outer products, decayed to its end.
+    decayed = u * torch.exp(a[..., -1:] - a)[..., None].to(u.dtype)
+    added = rearrange(decayed, "b c h q p -> b c (h p) q") @ B
     added = rearrange(added, "b c (h p) n -> b c h p n", h=H)  # (B, c, H, P, N)
 
-    # 3. Pass the state along the chunks: the recurrence again, L/Q steps instead of L.
-    whole, entering = torch.exp(a[..., -1])[..., None, None], []  # (B, c, H, 1, 1)
-    for fade, new in zip(whole.unbind(1), added.unbind(1)):
+    # 3. Pass the state along the chunks: the recurrence again, with L/Q steps instead of L.
+    chunk_decay = torch.exp(a[..., -1])[..., None, None]  # (B, c, H, 1, 1)
+    entering = []
+    for decay, new in zip(chunk_decay.unbind(1), added.unbind(1)):
         entering.append(state)  # (B, H, P, N)
-        state = fade * state + new
+        state = decay * state + new
 
-    # 4. What the entering state says: read it through C, faded from the chunk's beginning.
+    # 4. What the entering state contributes: read it through C, decayed since the chunk's start.
     if entering:
         read = C @ rearrange(torch.stack(entering, 1).to(C.dtype), "b c h p n -> b c n (h p)")
         read = rearrange(read, "b c q (h p) -> b c h q p", h=H)  # (B, c, H, Q, P)
@@ -129,9 +128,14 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
 
 
 def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
-    """`ssd_chunked`, or the same as Triton kernels where those can run (`ssd_kernel.obstacle`)."""
+    """`ssd_kernel.ssd` where Triton kernels can run (`ssd_kernel.obstacle`), else `ssd_chunked`."""
     function = ssd_kernel.ssd if ssd_kernel.available(x) else ssd_chunked
     return function(x, dt, A, B, C, D, initial_state, chunk)
+
+
+def pad_time(v, n):
+    """(B, L, ...) -> (B, L + n, ...), zeros at the end"""
+    return torch.cat([v, v.new_zeros(v.shape[0], n, *v.shape[2:])], 1)
 
 
 def _initial_state(x, B, state):
@@ -144,29 +148,42 @@ def _initial_state(x, B, state):
 # ------------------------------------------------------------------------------------------------
 # 2  The layers
 #
-# Each maps (B, L, D) to (B, L, D) in two ways that share their parameters and agree:
-#   forward(h, context)      -> y, state   a whole sequence from its beginning, and what to remember
-#   step(h, state, position) -> y          one more frame (B, D); the state is updated in place
+# Each maps (B, L, D) to (B, L, D), in two ways that share their parameters and agree:
+#   forward(h, context, state) -> y, state   a sequence, from its beginning (state None) or from
+#                                            the state that an earlier part of it left
+#   step(h, state)             -> y          one more frame (B, D); the state is updated in place
 
 
 class Context(NamedTuple):
-    """What a layer may look at besides its own sequence."""
+    """What a layer may read besides its own sequence."""
 
-    text: Tensor | None  # (B, S, D), what cross-attention reads
+    text: Tensor | None  # (B, S, D), for cross-attention
     text_mask: Tensor | None  # (B, S), True at real text
-    mask: Tensor | None  # (B, L), True at real positions of the sequence; None: all are
+    mask: Tensor | None  # (B, L), True at real positions of the sequence; None: all are real
 
 
 class RMSNorm(nn.RMSNorm):
-    """Computed in the parameters' fp32 also where autocast hands it bf16."""
+    """RMSNorm that computes in fp32 also under bf16 autocast."""
 
     def forward(self, h):
         return super().forward(h.to(self.weight.dtype)).to(h.dtype)
 
 
 class MambaState(NamedTuple):
-    conv: Tensor  # (B, d_conv - 1, H P + 2 N), the convolution's last inputs
+    conv: Tensor  # (B, d_conv - 1, H P + 2 N), the last inputs of the convolution
     ssm: Tensor  # (B, H, P, N), fp32
+
+
+class StepWeights(NamedTuple):
+    """The parameters that `mamba_step` and `ssd_kernel.step` use."""
+
+    conv: Tensor  # (H P + 2 N, d_conv)
+    conv_bias: Tensor  # (H P + 2 N,)
+    dt_bias: Tensor  # (H,)
+    A_log: Tensor  # (H,)
+    D: Tensor  # (H,)
+    norm: Tensor  # (H P,)
+    eps: float
 
 
 class Mamba2(nn.Module):
@@ -174,76 +191,90 @@ class Mamba2(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.chunk, self.headdim = config.chunk, config.headdim
+        self.chunk = config.chunk
+        self.headdim = config.headdim
         self.d_inner = config.expand * config.d_model
-        self.d_state, heads = config.d_state, self.d_inner // config.headdim
+        self.d_state = config.d_state
+        heads = self.d_inner // config.headdim
         self.sizes = [self.d_inner, self.d_inner + 2 * self.d_state, heads]  # z | x B C | dt
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
         self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], config.d_conv, groups=self.sizes[1])
-        # dt starts log-uniform in [1e-3, 1e-1], -A uniform in [1, 16]: memories of about one to a
-        # thousand frames, so that there is something for every time scale to grow from.
-        dt_range, A_range = (1e-3, 1e-1), (1, 16)
+        # As its authors: dt log-uniform in [1e-3, 1e-1] and -A uniform in [1, 16], so that heads
+        # start with memories of one to a thousand frames.
+        dt_range = (1e-3, 1e-1)
+        A_range = (1, 16)
         if config.init == "memory":
-            # With few heads and a small N hardly any head remembers the text when the music begins,
-            # and what B and C would read of it is noise: C . B is as often negative as positive.
-            # Slow decays, C . B > 0 (biases of one, as in Mamba-3, arXiv 2603.15569) and a
-            # convolution near the identity make every head a running mean of the past instead.
-            dt_range, A_range = (1e-2, 1), (1e-2, 1)
-            self.conv1d.weight.data.mul_(0.3)[:, 0, -1] += 1
-            self.conv1d.bias.data[self.d_inner :] = 1
+            # With few heads and a small N, hardly any head still remembers the text when the music
+            # begins. Slow decays, B and C that start near one (as Mamba-3's biases, arXiv
+            # 2603.15569) and a convolution near the identity make each head a running mean.
+            dt_range = (1e-2, 1)
+            A_range = (1e-2, 1)
+            self.conv1d.weight.data *= 0.3
+            self.conv1d.weight.data[:, 0, -1] += 1  # the newest frame
+            self.conv1d.bias.data[self.d_inner :] = 1  # B and C
         self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(heads, *dt_range)))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_range).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSNorm(self.d_inner, eps=1e-5)
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
-        self.core = mamba_step  # or the same, compiled: see `prepared`
+        self.step_function = mamba_step  # `sample.prepare` may put a compiled one here
 
-    def forward(self, h, context):
+    def forward(self, h, context, state=None):
+        """h (B,L,D) -> y (B,L,D) and the MambaState after the last frame. `state`: the MambaState
+        to start from, None for zeros. Gradients flow through both states."""
         z, xBC, dt = self.in_proj(h).split(self.sizes, -1)
-        # Padding must leave no trace: nothing of it enters the convolution, and no time passes
-        # (dt = 0), so that the state neither fades nor takes anything in.
-        mask = None if context.mask is None else context.mask[..., None]  # (B, L, 1)
-        xBC = xBC if mask is None else xBC * mask
-        xBC = F.pad(
-            xBC, (0, 0, self.conv1d.kernel_size[0] - 1, 0)
-        )  # causal: zeros before, not after
-        conv_state = xBC[:, 1 - self.conv1d.kernel_size[0] :].clone()
+        # Padding must leave no trace: nothing of it enters the convolution, and dt = 0 there, at
+        # which the state neither decays nor changes.
+        if context.mask is not None:
+            xBC = xBC * context.mask[..., None]
+        past = self.conv1d.kernel_size[0] - 1
+        before = xBC.new_zeros(len(h), past, self.sizes[1]) if state is None else state.conv
+        xBC = torch.cat([before.to(xBC.dtype), xBC], 1)  # (B, d_conv - 1 + L, H P + 2 N)
+        conv = xBC[:, -past:].clone()
         xBC = F.silu(self.conv1d(xBC.mT).mT)  # (B, L, H P + 2 N)
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], -1)
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (B, L, H), fp32
-        dt = dt if mask is None else dt * mask
+        if context.mask is not None:
+            dt = dt * context.mask[..., None]
         x = rearrange(x, "b l (h p) -> b l h p", p=self.headdim)
         A = -torch.exp(self.A_log)
-        y, ssm = ssd(x, dt, A, B, C, self.D, chunk=self.chunk)
+        initial = None if state is None else state.ssm
+        y, ssm = ssd(x, dt, A, B, C, self.D, initial, self.chunk)
         y = self.norm(rearrange(y, "b l h p -> b l (h p)") * F.silu(z))
-        return self.out_proj(y), MambaState(conv_state, ssm)
+        return self.out_proj(y), MambaState(conv, ssm)
 
-    def step(self, h, state, position):
-        core = ssd_kernel.step if ssd_kernel.available(state.ssm[..., 0]) else self.core
-        y = core(
-            self.in_proj(h), *state, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias,
-            self.A_log, self.D, self.norm.weight, self.norm.eps,
+    def step(self, h, state):
+        weights = StepWeights(
+            self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias, self.A_log, self.D,
+            self.norm.weight, self.norm.eps,
         )  # fmt: skip
-        return self.out_proj(y)
+        on_gpu = ssd_kernel.available(state.ssm.mT)  # (..., P)
+        function = ssd_kernel.step if on_gpu else self.step_function
+        return self.out_proj(function(self.in_proj(h), *state, *weights))
 
 
-def mamba_step(zxBCdt, conv, ssm, weight, bias, dt_bias, A_log, D, norm, eps):
-    """One frame through the middle of `Mamba2`, from what in_proj gave (B, 2 H P + 2 N + H) to what
-    out_proj takes (B, H P). conv (B, d_conv - 1, H P + 2 N) and ssm (B, H, P, N), which make up a
-    MambaState, are updated in place. `ssd_kernel.step` is the same for GPUs."""
+def mamba_step(
+    zxBCdt, conv, ssm, conv_weight, conv_bias, dt_bias, A_log, D, norm, eps
+):  # fmt: skip
+    """One frame through the middle of `Mamba2`: from in_proj's output to out_proj's input.
+
+    zxBCdt (B, 2 H P + 2 N + H) -> (B, H P). The MambaState conv (B, d_conv - 1, H P + 2 N) and ssm
+    (B,H,P,N) are updated in place; the rest are `StepWeights`. `ssd_kernel.step` does the same on
+    a GPU.
+    """
     H, P, N = ssm.shape[1:]
     z, xBC, dt = zxBCdt.split([H * P, H * P + 2 * N, H], -1)
     window = torch.cat([conv, xBC[:, None]], 1)  # (B, d_conv, H P + 2 N)
-    xBC = F.silu((window * weight.T).sum(1) + bias)
+    conv.copy_(window[:, 1:])
+    xBC = F.silu((window * conv_weight.T).sum(1) + conv_bias)
     x, B, C = xBC.split([H * P, N, N], -1)
     x = rearrange(x, "b (h p) -> b h p", p=P)
     dt = F.softplus(dt + dt_bias).to(ssm.dtype)  # (B, H)
     decay = torch.exp(-dt * torch.exp(A_log))
     u = x.to(dt.dtype) * dt[..., None]
     ssm.mul_(decay[..., None, None]).addcmul_(u[..., None], B[:, None, None].to(u.dtype))
-    # Not as a matrix product: those with one column use a fraction of a CPU's bandwidth.
+    # Not as a matrix product: with a single column those reach a fraction of a CPU's bandwidth.
     y = (ssm * C[:, None, None].to(u.dtype)).sum(-1).to(x.dtype)
-    conv.copy_(window[:, 1:])
     y = rearrange(y + D[:, None] * x, "b h p -> b (h p)") * F.silu(z)
     return F.rms_norm(y.to(norm.dtype), norm.shape, norm, eps).to(zxBCdt.dtype)
 
@@ -256,36 +287,36 @@ def inverse_softplus(v):
     return v + torch.log(-torch.expm1(-v))
 
 
-class Empty(NamedTuple):
-    """The state of a layer that looks at one frame only."""
-
-
 class FeedForward(nn.Module):
-    """Mixes channels, not time: D -> 2 D -> D with a GELU."""
+    """Mixes channels, not time: D -> ff_mult D -> D with a GELU."""
 
     def __init__(self, config):
         super().__init__()
         hidden = config.ff_mult * config.d_model
-        self.up, self.down = nn.Linear(config.d_model, hidden), nn.Linear(hidden, config.d_model)
+        self.up = nn.Linear(config.d_model, hidden)
+        self.down = nn.Linear(hidden, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
-    def step(self, h, state=None, position=None):
+    def mix(self, h):
         return self.down(self.dropout(F.gelu(self.up(h))))
 
-    def forward(self, h, context):
-        return self.step(h), Empty()
+    def forward(self, h, context, state=None):
+        return self.mix(h), None
+
+    def step(self, h, state):
+        return self.mix(h)
 
 
-class EinFFT(nn.Module):
+class EinFFT(FeedForward):
     """The channel mixer of the original SiMBA (arXiv 2403.15360, sec. 3.1): two complex
-    block-diagonal layers between a Fourier transform and its inverse. There the transform runs over
-    the sequence too; a language model must not see the future, so here it runs over the channels of
-    one frame, blocks by block size. ReLU on real and imaginary part, soft threshold 0.01."""
+    block-diagonal layers between a Fourier transform and its inverse, ReLU on the real and
+    imaginary parts, soft threshold 0.01. SiMBA's transform also runs over the sequence; a language
+    model must not see the future, so here it runs over the channels of one frame."""
 
     BLOCKS = 4
 
     def __init__(self, config):
-        super().__init__()
+        nn.Module.__init__(self)
         size = config.d_model // self.BLOCKS
         self.weights = nn.Parameter(
             torch.randn(2, self.BLOCKS, size, size, 2) / math.sqrt(2 * size)
@@ -293,45 +324,79 @@ class EinFFT(nn.Module):
         self.biases = nn.Parameter(torch.zeros(2, self.BLOCKS, size, 2))
         self.dropout = nn.Dropout(config.dropout)
 
-    def step(self, h, state=None, position=None):
-        w, b = torch.view_as_complex(self.weights), torch.view_as_complex(self.biases)
-        f = torch.fft.fft2(h.to(w.real.dtype).unflatten(-1, (self.BLOCKS, -1)), norm="ortho")
-        f = torch.einsum("...kd,kde->...ke", f, w[0]) + b[0]
+    def mix(self, h):
+        weights = torch.view_as_complex(self.weights)
+        biases = torch.view_as_complex(self.biases)
+        f = h.to(self.weights.dtype).unflatten(-1, (self.BLOCKS, -1))  # (..., 4, D / 4)
+        f = torch.fft.fft2(f, norm="ortho")
+        f = torch.einsum("...kd,kde->...ke", f, weights[0]) + biases[0]
         f = self.dropout(F.relu(torch.view_as_real(f)))
-        f = torch.einsum("...kd,kde->...ke", torch.view_as_complex(f), w[1]) + b[1]
+        f = torch.einsum("...kd,kde->...ke", torch.view_as_complex(f), weights[1]) + biases[1]
         f = torch.view_as_complex(F.softshrink(torch.view_as_real(f), 0.01))
         return torch.fft.ifft2(f, norm="ortho").real.flatten(-2).to(h.dtype)
 
-    def forward(self, h, context):
-        return self.step(h), Empty()
-
 
 class KVCache(NamedTuple):
+    """Keys and values of the frames so far. A frame's slot is not its position: padding takes
+    slots too, and positions may start below zero."""
+
     k: Tensor  # (B, heads, capacity, D / heads)
     v: Tensor
+    real: Tensor  # (B, capacity), True at frames that may be attended to
+    length: Tensor  # (1,), slots in use
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention: the mixer that the SSD is compared with. Its state grows."""
+    """Multi-head causal attention: the mixer that the SSD is compared with. Its state grows."""
 
     def __init__(self, config, causal=True):
         super().__init__()
-        self.heads, self.causal = config.attention_heads, causal
+        self.heads = config.attention_heads
+        self.causal = causal
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, h, context):
+    def forward(self, h, context, state=None):
+        B, L = h.shape[:2]
         q, k, v = rearrange(self.qkv(h), "b l (s h d) -> s b h l d", s=3, h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(rearrange(y, "b h l d -> b l (h d)")), KVCache(k, v)
+        simple = state is None and context.mask is None
+        real = h.new_ones(B, L, dtype=torch.bool) if context.mask is None else context.mask
+        past = 0
+        if state is not None:
+            past = int(state.length)
+            k = torch.cat([state.k[:, :, :past], k], 2)
+            v = torch.cat([state.v[:, :, :past], v], 2)
+            real = torch.cat([state.real[:, :past], real], 1)
+        mask = None
+        if not simple:
+            mask = real[:, None, None].expand(B, 1, L, past + L)
+            if self.causal:
+                now_or_before = torch.ones(L, past + L, dtype=torch.bool, device=h.device).tril(
+                    past
+                )
+                mask = mask & now_or_before
+                # A padded frame attends to itself: a row without any key would be NaN.
+                mask = mask | torch.eye(L, past + L, dtype=torch.bool, device=h.device).roll(
+                    past, 1
+                )
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and simple)
+        length = torch.tensor([past + L], device=h.device)
+        return self.out(rearrange(y, "b h l d -> b l (h d)")), KVCache(k, v, real, length)
 
-    def step(self, h, state, position):
-        q, k, v = rearrange(self.qkv(h), "b (s h d) -> s b h d", s=3, h=self.heads)
-        rows = torch.arange(len(h), device=h.device)
-        state.k[rows, :, position], state.v[rows, :, position] = k, v
-        seen = torch.arange(state.k.shape[2], device=h.device) <= position[:, None]  # (B, capacity)
-        y = F.scaled_dot_product_attention(q[:, :, None], state.k, state.v, seen[:, None, None])
+    def step(self, h, state):
+        q, k, v = rearrange(self.qkv(h), "b (s h d) -> s b h 1 d", s=3, h=self.heads)
+        state.k.index_copy_(2, state.length, k.to(state.k.dtype))
+        state.v.index_copy_(2, state.length, v.to(state.v.dtype))
+        state.real.index_fill_(1, state.length, True)
+        state.length.add_(1)
+        y = F.scaled_dot_product_attention(q, state.k, state.v, state.real[:, None, None])
         return self.out(y.flatten(1))
+
+    def with_room(self, state, steps):
+        """The state with empty slots for so many steps."""
+        k = F.pad(state.k, (0, 0, 0, steps))
+        v = F.pad(state.v, (0, 0, 0, steps))
+        return KVCache(k, v, F.pad(state.real, (0, steps)), state.length)
 
 
 class TextCache(NamedTuple):
@@ -341,7 +406,7 @@ class TextCache(NamedTuple):
 
 
 class CrossAttention(nn.Module):
-    """Every frame looks at the whole text. Keys and values are made once; the state is theirs."""
+    """Every frame attends to the whole text. Keys and values are computed once: the state."""
 
     def __init__(self, config):
         super().__init__()
@@ -350,15 +415,16 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(config.d_model, 2 * config.d_model, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, h, context):
-        k, v = rearrange(self.kv(context.text), "b s (n h d) -> n b h s d", n=2, h=self.heads)
-        state = TextCache(k, v, context.text_mask[:, None, None])
-        return self._look(h, state), state
+    def forward(self, h, context, state=None):
+        if state is None:
+            k, v = rearrange(self.kv(context.text), "b s (n h d) -> n b h s d", n=2, h=self.heads)
+            state = TextCache(k, v, context.text_mask[:, None, None])
+        return self._attend(h, state), state
 
-    def step(self, h, state, position):
-        return self._look(h[:, None], state)[:, 0]
+    def step(self, h, state):
+        return self._attend(h[:, None], state)[:, 0]
 
-    def _look(self, h, state):
+    def _attend(self, h, state):
         q = rearrange(self.q(h), "b l (h d) -> b h l d", h=self.heads)
         y = F.scaled_dot_product_attention(q, state.k, state.v, attn_mask=state.mask)
         return self.out(rearrange(y, "b h l d -> b l (h d)"))
@@ -373,12 +439,16 @@ VARIANTS = {  # SSMTTM, Fig. 1 (a)-(d): the layers of one block
     "cross-simba": (Mamba2, CrossAttention, FeedForward),
     "transformer": (SelfAttention, CrossAttention, FeedForward),
 }
-CLOCKS = ("text", "music", "beat")  # positions count from the text, or from the music; `_beats`
+CLOCKS = ("text", "music", "beat")
 
 
 @dataclass
 class LMConfig:
-    """The language model's shape. The defaults are the paper's."""
+    """The language model's shape. The defaults are the paper's.
+
+    clock: position 0 is the first token of the text ("text", as in the paper) or the first frame of
+    the music ("music"); "beat" also adds the place in the beat (`MusicLM._beats`).
+    """
 
     variant: str = option("simba", "mamba, simba, cross-simba or transformer", [*VARIANTS])
     codebooks: int = option(1, "codebooks modelled: 1 (two stages) or 9 (single stage)", "[1, inf)")
@@ -403,15 +473,19 @@ class LMConfig:
         check(self)
         if self.mixer == "einfft" and self.variant not in ("simba", "cross-simba"):
             raise ValueError(f"--mixer einfft goes with simba and cross-simba, not {self.variant}")
+        if self.d_model % 4:
+            raise ValueError(f"--d-model must be a multiple of 4, not {self.d_model}")
         if self.expand * self.d_model % self.headdim:
-            raise ValueError(f"headdim {self.headdim} must divide {self.expand * self.d_model}")
+            raise ValueError(f"--headdim {self.headdim} must divide {self.expand * self.d_model}")
         if self.d_model % self.attention_heads:
-            raise ValueError(f"{self.attention_heads} attention heads must divide {self.d_model}")
+            raise ValueError(
+                f"--attention-heads {self.attention_heads} must divide --d-model {self.d_model}"
+            )
 
     @property
     def prefix(self):
-        """Whether the text comes before the music (True) or through cross-attention (False)."""
-        return self.variant in ("mamba", "simba")
+        """Whether the text comes in front of the music, or through cross-attention."""
+        return CrossAttention not in VARIANTS[self.variant]
 
 
 class Block(nn.Module):
@@ -419,49 +493,49 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        kinds = VARIANTS[config.variant]
+        layers = VARIANTS[config.variant]
         if config.mixer == "einfft":
-            kinds = tuple(EinFFT if kind is FeedForward else kind for kind in kinds)
-        self.layers = nn.ModuleList(kind(config) for kind in kinds)
-        self.norms = nn.ModuleList(RMSNorm(config.d_model, eps=1e-5) for _ in kinds)
+            layers = [EinFFT if layer is FeedForward else layer for layer in layers]
+        self.layers = nn.ModuleList(layer(config) for layer in layers)
+        self.norms = nn.ModuleList(RMSNorm(config.d_model, eps=1e-5) for _ in layers)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, h, context):
-        states = []
-        for layer, norm in zip(self.layers, self.norms):
-            y, state = layer(norm(h), context)
+    def forward(self, h, context, states=None):
+        after = []
+        for layer, norm, state in zip(self.layers, self.norms, states or [None] * len(self.layers)):
+            y, state = layer(norm(h), context, state)
             h = h + self.dropout(y)
-            states.append(state)
-        return h, states
+            after.append(state)
+        return h, after
 
-    def step(self, h, states, position):
+    def step(self, h, states):
         for layer, norm, state in zip(self.layers, self.norms, states):
-            h = h + layer.step(norm(h), state, position)
+            h = h + layer.step(norm(h), state)
         return h
 
 
 def sinusoids(position, width, dtype=torch.float32):
-    """positions (...) -> (..., width): cosines, then sines, of periods 2 pi to 20,000 pi."""
+    """positions (...) -> (..., width): cosines, then sines, with periods 2 pi to 20,000 pi."""
     exponent = torch.arange(width // 2, device=position.device, dtype=dtype) / (width // 2 - 1)
     angle = position[..., None].to(dtype) / 10000**exponent
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
 class LMState(NamedTuple):
-    """All that the model remembers of what it read."""
+    """All that the model remembers of what it has read."""
 
-    blocks: list  # for each block, for each layer: MambaState, KVCache, TextCache or Empty
-    position: Tensor  # (B,), of the next frame, see LMConfig.clock; padding does not count
-    tempo: Tensor  # (B,), bpm that the text names, 0 where it names none
+    blocks: list  # for each block and layer: MambaState, KVCache, TextCache or None
+    position: Tensor  # (B,), of the next frame (LMConfig.clock); padding does not count
+    tempo: Tensor  # (B,), the bpm in the text, 0 where there is none
 
 
 class MusicLM(nn.Module):
     """A language model over codec tokens, conditioned on text.
 
     `lm(codes (B,K,L), text (B,S,d_text), text_mask (B,S), tempo (B,)) -> logits (B,K,L,V)`, where
-    `logits[:, k, t]` predicts `codes[:, k, t]` from the text and earlier tokens. The begin token,
-    the shift and the delay pattern are the model's own business. The tempo is only for those that
-    count beats (`_beats`), and may be left out.
+    `logits[:, k, t]` predicts `codes[:, k, t]` from the text and earlier tokens. The model itself
+    adds the begin token, the shift and the delay pattern. Only a model with clock "beat" uses the
+    tempo, which may be left out.
     """
 
     PERIODS = (1 / 4, 1 / 2, 1, 2, 3, 4)  # beats: from a sixteenth note to a bar
@@ -470,16 +544,17 @@ class MusicLM(nn.Module):
         super().__init__()
         self.config = config
         D, V = config.d_model, config.codebook_size + 1
-        self.text_proj, self.text_norm = nn.Linear(config.d_text, D), nn.LayerNorm(D)
+        self.text_proj = nn.Linear(config.d_text, D)
+        self.text_norm = nn.LayerNorm(D)
         self.embeddings = nn.ModuleList(nn.Embedding(V, D) for _ in range(config.codebooks))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.heads = nn.ModuleList(nn.Linear(D, V, bias=False) for _ in range(config.codebooks))
         if config.clock == "beat":
             self.beat_proj = nn.Linear(2 * len(self.PERIODS) + 1, D, bias=False)
-            self.beat_proj.weight.data.zero_()  # at first, the music's clock is all there is
-            # Not made anew at every step: a CUDA graph allows no copies from the host.
+            self.beat_proj.weight.data.zero_()  # starts as clock "music"
+            # A buffer, because a CUDA graph allows no copies from the host.
             self.register_buffer("periods", torch.tensor(self.PERIODS), persistent=False)
-        self.recompute = 0  # in training, so many blocks keep nothing but their input
+        self.recompute = 0  # in training, this many blocks are recomputed in the backward pass
         # What a layer adds to the residual stream shrinks with depth, as in GPT-2 and Mamba.
         depth = config.blocks * len(VARIANTS[config.variant])
         for name, parameter in self.named_parameters():
@@ -488,96 +563,108 @@ class MusicLM(nn.Module):
 
     def forward(self, codes, text, text_mask, tempo=None):
         K, L = codes.shape[1:]
-        h, _ = self._read(self.delay(codes)[:, :, : L + K - 1], text, text_mask, tempo)
-        logits = torch.stack([head(h) for head in self.heads], 1)  # (B, K, L + K - 1, V)
+        h, _ = self.read(self.delay(codes)[:, :, : L + K - 1], text, text_mask, tempo)
+        logits = self.logits(h)  # (B, K, L + K - 1, V)
         if K == 1:
             return logits
         return torch.stack([logits[:, k, k : k + L] for k in range(K)], 1)  # (B, K, L, V)
 
+    def logits(self, h):
+        """hidden (B, ..., D) -> (B, K, ..., V)"""
+        return torch.stack([head(h) for head in self.heads], 1)
+
     def delay(self, codes):
-        """(B, K, L) -> (B, K, L + K): codebook k (from 0) is shifted right by k + 1, behind the
-        special token. Reading column s, the model predicts code (k, s - k) for every k: a frame's
-        codebooks come one after the other, each knowing the coarser ones."""
+        """(B, K, L) -> columns (B, K, L + K): codebook k (from 0) is shifted right by k + 1, behind
+        the special token. Reading column s, the model predicts code (k, s - k) for every k: the
+        codebooks of a frame come one after the other, each conditioned on the coarser ones."""
         B, K, L = codes.shape
         columns = codes.new_full((B, K, L + K), self.config.codebook_size)
         for k in range(K):
             columns[:, k, k + 1 : k + 1 + L] = codes[:, k]
         return columns
 
-    def _read(self, columns, text, text_mask, tempo):
-        """Reads text and columns (B, K, L) in parallel -> hidden (B, L, D) and the LMState."""
-        tempo = text.new_zeros(len(text)) if tempo is None else tempo
-        text = self.text_norm(self.text_proj(text))  # (B, S, D)
+    def read(self, columns, text=None, text_mask=None, tempo=None, state=None):
+        """Reads columns (B,K,L) (see `delay`) in parallel -> hidden (B,L,D) and the LMState after
+        them.
+
+        text (B,S,d_text), text_mask (B,S), tempo (B,): read first, at the beginning of a piece.
+        state: where an earlier part of the same sequence ended, instead of the text. Reading a
+        sequence in parts gives the same hidden vectors, states and gradients as reading it whole.
+        """
         h = self._embed(columns)
         B, L = h.shape[:2]
         mask = None
-        if self.config.prefix:
-            # Left padding, whatever side it came on: the text has to end where the music begins.
-            text_mask, order = text_mask.sort(dim=1, stable=True)
-            text = text.gather(1, order[..., None].expand_as(text))
-            h = torch.cat([text, h], 1)
-            mask = torch.cat([text_mask, text_mask.new_ones(B, L)], 1)
-            if self.config.clock == "text":
-                position = (mask.cumsum(1) - 1).clamp(min=0)
-            else:  # the text has negative ones, and a beat's place in time does not depend on it
-                position = torch.arange(-text.shape[1], L, device=h.device).expand(B, -1)
+        if state is not None:
+            tempo = state.tempo
+            position = state.position[:, None] + torch.arange(L, device=h.device)
         else:
+            tempo = text.new_zeros(B) if tempo is None else tempo
+            text = self.text_norm(self.text_proj(text))  # (B, S, D)
             position = torch.arange(L, device=h.device).expand(B, L)
-        read = position[:, -1] + 1
+            if self.config.prefix:
+                # Padding moves to the left, so that the text ends where the music begins.
+                text_mask, order = text_mask.sort(dim=1, stable=True)
+                text = text.gather(1, order[..., None].expand_as(text))
+                h = torch.cat([text, h], 1)
+                mask = torch.cat([text_mask, text_mask.new_ones(B, L)], 1)
+                if self.config.clock == "text":
+                    position = (mask.cumsum(1) - 1).clamp(min=0)
+                else:  # the text has negative positions
+                    position = torch.arange(-text.shape[1], L, device=h.device).expand(B, -1)
         h = h + self._positions(position, tempo[:, None]).to(h.dtype)
         context = Context(text, text_mask, mask)
-        states = []
-        for i, block in enumerate(self.blocks):
+        before = state.blocks if state is not None else [None] * len(self.blocks)
+        after = []
+        for i, (block, states) in enumerate(zip(self.blocks, before)):
             if self.training and i < self.recompute:
-                h, state = checkpoint(block, h, context, use_reentrant=False)
+                h, states = checkpoint(block, h, context, states, use_reentrant=False)
             else:
-                h, state = block(h, context)
-            states.append(state)
-        return h[:, -L:], LMState(states, read, tempo)
+                h, states = block(h, context, states)
+            after.append(states)
+        return h[:, -L:], LMState(after, position[:, -1] + 1, tempo)
 
     def _embed(self, columns):
         """(B, K, ...) -> (B, ..., D): the sum of the codebooks' embeddings."""
         return sum(embed(columns[:, k]) for k, embed in enumerate(self.embeddings))
 
     def _positions(self, position, tempo):
-        """Sinusoids (..., D). Positions past the longest trained one stay there: a sinusoid that
-        training never showed derails the model, a familiar one does not."""
+        """Sinusoids (..., D). Later positions than those of training repeat the last one: unseen
+        sinusoids derail the model, a familiar one does not."""
         known = position.clamp(max=self.config.trained_frames - 1)
         h = sinusoids(known, self.config.d_model, self.text_norm.weight.dtype)
         return h + self._beats(position, tempo) if self.config.clock == "beat" else h
 
     def _beats(self, position, tempo):
-        """Where in the beat and in the bar a frame is, if the text says how many beats a minute:
-        positions (...) and bpm, 0 for unknown -> (..., D). A small model learns a number's sense
-        slowly, and keeping time even of a beat it has heard is hard for it; this is a metronome.
-        It starts with the music, and never ends: beats are as familiar after an hour as at first.
+        """A metronome: where in the beat and the bar each frame is, if the text names a tempo.
+
+        positions (...) and bpm, 0 for unknown -> (..., D). A small model learns slowly what a
+        number of bpm means, and drifts from the beat. The metronome starts with the music.
         """
         beats = position * (tempo / (60 * FRAME_RATE))
         angle = 2 * math.pi * (beats[..., None] / self.periods).frac()
         waves = torch.cat([angle.cos(), angle.sin(), torch.ones_like(angle[..., :1])], -1)
-        heard = (tempo > 0) & (position >= 0)
-        return self.beat_proj((waves * heard[..., None]).to(self.beat_proj.weight.dtype))
+        known = (tempo > 0) & (position >= 0)
+        return self.beat_proj((waves * known[..., None]).to(self.beat_proj.weight.dtype))
 
     def prefill(self, text, text_mask, tempo=None, codes=None, room=0):
-        """Reads the text, the begin token and the codes (B, K, T) so far, if any
-        -> logits (B, K, V) of the next column, and the state to `step` from. room: how many steps
-        are to follow, for the layers whose state is a cache."""
+        """Reads the text, the begin token and the codes (B,K,T) so far, if any
+        -> logits (B,K,V) of the next column, and the LMState to `step` from. room: number of steps
+        to come, for the layers whose state is a cache."""
         if codes is None:
             codes = torch.empty(len(text), len(self.heads), 0, dtype=torch.long, device=text.device)
-        if self.config.prefix and len(text) == 1:
-            text, text_mask = text[:, text_mask[0]], text_mask[:, text_mask[0]]
-        h, state = self._read(self.delay(codes)[:, :, : codes.shape[2] + 1], text, text_mask, tempo)
-        for layers in state.blocks:
-            for i, layer in enumerate(layers):
-                if isinstance(layer, KVCache):
-                    layers[i] = KVCache(*(F.pad(v, (0, 0, 0, room)) for v in layer))
-        return torch.stack([head(h[:, -1]) for head in self.heads], 1), state
+        columns = self.delay(codes)[:, :, : codes.shape[2] + 1]
+        h, state = self.read(columns, text, text_mask, tempo)
+        for block, states in zip(self.blocks, state.blocks):
+            for i, layer in enumerate(block.layers):
+                if isinstance(layer, SelfAttention):
+                    states[i] = layer.with_room(states[i], room)
+        return self.logits(h[:, -1]), state
 
     def step(self, column, state):
-        """column (B, K), the tokens just chosen -> logits (B, K, V) of the next; updates state."""
+        """column (B,K), the tokens just chosen -> logits (B,K,V) of the next; updates state."""
         h = self._embed(column)
         h = h + self._positions(state.position, state.tempo).to(self.text_norm.weight.dtype)
-        for block, layer_states in zip(self.blocks, state.blocks):
-            h = block.step(h, layer_states, state.position)
+        for block, states in zip(self.blocks, state.blocks):
+            h = block.step(h, states)
         state.position.add_(1)
-        return torch.stack([head(h) for head in self.heads], 1)
+        return self.logits(h)

@@ -1,4 +1,4 @@
-"""The text encoder."""
+"""The text encoder: captions -> vectors, by Flan-T5 or by a small T5 of the same class."""
 
 import re
 
@@ -8,25 +8,32 @@ from torch import nn
 
 
 class TextEncoder(nn.Module):
-    """Captions -> T5's last hidden state. One class, two sizes: the paper's frozen Flan-T5 Base
-    from the hub, or a small T5 with its own tokenizer. Either is frozen, or trained along.
+    """Captions -> T5's last hidden states: the paper's frozen Flan-T5 Base from the hub, or a small
+    T5 with its own tokenizer. Either may be frozen, or trained with the language model.
 
-    `encoder(["slow piano waltz", ""]) -> text (B, S, d_text), mask (B, S), tempo (B,)`, S the
-    longest caption's tokens with the closing </s>; the empty string, guidance's unconditional half,
-    is </s> alone. The tempo is the bpm that a caption names, 0 if none.
+    `encoder(["slow piano waltz", ""]) -> text (B,S,d_text), mask (B,S), tempo (B,)`. S is the
+    length of the longest caption, with the closing </s>. The empty string, the unconditional half
+    of guidance, is </s> alone. tempo is the bpm that the caption names, 0 if it names none.
+
+    Captions beyond `max_tokens` are cut, which `cut` counts.
     """
 
-    TEMPO = re.compile(r"(\d+(?:\.\d+)?) ?(?:bpm|beats (?:per|a) minute)", re.IGNORECASE)
+    TEMPO = re.compile(
+        r"(?<![\d.])(\d{2,3}(?:\.\d+)?) ?(?:bpm|beats (?:per|a) minute)", re.IGNORECASE
+    )
 
     def __init__(self, tokenizer, encoder, name, max_tokens):
         super().__init__()
-        self.tokenizer, self.encoder, self.name = tokenizer, encoder, name
-        self.max_tokens = max_tokens  # longer captions are cut
-        self.fill = 0  # a batch of fewer tokens is filled up with </s>; if not 0, all of S is read
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.name = name
+        self.max_tokens = max_tokens
+        self.cut = 0
+        self.fill = 0  # captions are filled up to this many tokens, all of them read (authors' own)
 
     @classmethod
     def small(cls, tokenizer_json: str, d_model=128, layers=2, max_tokens=128):
-        """A new T5 of `layers` blocks for a tokenizer given as the text of its tokenizer.json."""
+        """A new T5 with `layers` blocks; tokenizer_json: the text of a tokenizer.json."""
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -41,18 +48,16 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def pretrained(cls, name="google/flan-t5-base", max_tokens=256):
-        """A published encoder by its name on the hub, or from a folder; ValueError if neither."""
+        """A published encoder, by its name on the hub or from a folder; ValueError if neither."""
         from transformers import AutoTokenizer, T5EncoderModel
 
         try:
-            tokenizer, encoder = (
-                AutoTokenizer.from_pretrained(name),
-                T5EncoderModel.from_pretrained(name),
-            )
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            encoder = T5EncoderModel.from_pretrained(name)
         except Exception as error:  # the hub's client raises many kinds; all mean the same here
             raise ValueError(
-                f"the text encoder {name} could not be loaded ({type(error).__name__}): it needs "
-                f"https://huggingface.co/{name} once, or give a folder that holds its files"
+                f"the text encoder {name} could not be loaded ({type(error).__name__}): it is "
+                f"downloaded once from https://huggingface.co/{name}; a folder with its files works too"
             ) from None
         return cls(tokenizer, encoder.requires_grad_(False).eval(), name, max_tokens)
 
@@ -62,14 +67,14 @@ class TextEncoder(nn.Module):
 
     @property
     def trained(self):
-        """Whether it learns with the language model."""
+        """Whether it is trained with the language model."""
         return any(p.requires_grad for p in self.parameters())
 
-    def too_long(self, caption):
+    def is_too_long(self, caption):
         return len(self.tokenizer(caption).input_ids) > self.max_tokens
 
     def forward(self, captions: list[str], multiple=1):
-        """multiple: S is rounded up to a multiple of this (at most to max_tokens)."""
+        """multiple: S is rounded up to a multiple of this, at most to max_tokens."""
         batch = self.tokenizer(
             captions, truncation=True, max_length=self.max_tokens, return_tensors="pt",
             padding=True, pad_to_multiple_of=min(multiple, self.max_tokens),
@@ -78,11 +83,20 @@ class TextEncoder(nn.Module):
         if (missing := self.fill - ids.shape[1]) > 0:
             ids = F.pad(ids, (0, missing), value=self.tokenizer.eos_token_id)
             mask = F.pad(mask, (0, missing))
-        # T5 looks at the caption alone; with `fill`, the language model looks at all that follows.
         text = self.encoder(input_ids=ids, attention_mask=mask)[0]
-        named = [self.TEMPO.search(caption) for caption in captions]
-        tempo = torch.tensor([float(n[1]) if n else 0.0 for n in named], device=text.device)
-        return text, mask.bool() | (self.fill > 0), tempo
+        if self.fill:  # T5 sees the caption alone, the language model all that was filled in
+            mask = torch.ones_like(mask)
+        tempo = torch.tensor([self._tempo(caption) for caption in captions], device=text.device)
+        return text, mask.bool(), tempo
+
+    def _tempo(self, caption):
+        """The bpm within the part of the caption that is kept."""
+        if len(caption.encode()) >= self.max_tokens and self.is_too_long(caption):
+            self.cut += 1
+            kept = self.tokenizer(caption, truncation=True, max_length=self.max_tokens).input_ids
+            caption = self.tokenizer.decode(kept, skip_special_tokens=True)
+        found = self.TEMPO.search(caption)
+        return float(found[1]) if found else 0.0
 
     def pooled(self, captions):
         """-> (B, d_text), the mean over a caption's tokens; of the empty string that of </s>."""

@@ -93,7 +93,7 @@ def test_step_equals_forward_for_every_variant(variant, codebooks, mixer, clock)
     text = encoder(CAPTIONS[:3])
     codes = torch.randint(50, (3, codebooks, 1000))
     columns = lm.delay(codes)
-    hidden, _ = lm._read(columns[:, :, :1000], *text)
+    hidden, _ = lm.read(columns[:, :, :1000], *text)
     expected = torch.stack([head(hidden) for head in lm.heads], 1)  # (B, K, L, V)
     # A prompt of 10 frames is read as 11 columns; what of them is not yet known is 50.
     logits, state = lm.prefill(*text, codes[:, :, :10], room=1000)
@@ -112,12 +112,12 @@ def test_a_batch_of_unequal_prompts_gives_each_prompts_own_logits(variant, clock
     text, mask, tempo = encoder(CAPTIONS)
     text[~mask] = 1e3  # what stands in the padding must not matter
     together = lm(codes, text, mask, tempo)
-    _, states = lm._read(lm.delay(codes)[:, :, :30], text, mask, tempo)
+    _, states = lm.read(lm.delay(codes)[:, :, :30], text, mask, tempo)
     for i, caption in enumerate(CAPTIONS):
         alone = lm(codes[i : i + 1], *encoder([caption]))
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
         if variant in ("mamba", "simba"):
-            _, state = lm._read(lm.delay(codes)[i : i + 1, :, :30], *encoder([caption]))
+            _, state = lm.read(lm.delay(codes)[i : i + 1, :, :30], *encoder([caption]))
             torch.testing.assert_close(states.blocks[1][0].ssm[i], state.blocks[1][0].ssm[0])
             assert states.position[i] == state.position[0]
 
