@@ -1,107 +1,125 @@
-"""Checkpoints."""
+"""Checkpoints: a folder with
 
-import contextlib
+    config.json           the model's shape, the text encoder, the codec, how it was trained
+    model.safetensors     the weights, "lm." the model's (also a refiner's), "text." the encoder's
+    tokenizer.json        of a small text encoder
+    trainer.safetensors   for --resume: all that training needs to continue exactly (train.py)
+
+or the .ckpt file of the paper's authors (paper/authors.py). Each file is written under another name
+and then renamed, so a killed run leaves the checkpoint before it intact.
+"""
+
 import json
-import os
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from audio import under_another_name, write_text
 from model import LMConfig, MusicLM
-from paper.authors import is_authors, read_authors
 from text import TextEncoder
 
 
-def save_checkpoint(folder, lm, encoder, extra=None, files=None, dtype=None, weights=None):
-    """Writes a checkpoint folder under a temporary name and renames it: it is there whole or not.
+def save_checkpoint(folder, model, encoder, extra=None, dtype=None, weights=None):
+    """Writes a checkpoint folder, or replaces it file by file.
 
-    extra: more entries for config.json; files: {name: {key: tensor}} written beside the model as
-    safetensors; dtype: the weights' type on disk, None for their own; weights: the language model's
-    state_dict, where it is not its own.
+    model: a MusicLM or a Refiner; encoder: its TextEncoder; extra: more entries for config.json;
+    dtype: of the weights on disk, None for their own; weights: the model's state_dict, if it is
+    not the model's own. OSError if a file cannot be written.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    _remove(new)
-    new.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     text = {"name": encoder.name, "stored": encoder.trained or encoder.name == "small"}
-    text |= {"fill": encoder.fill} if encoder.fill else {}
-    config = {"model": asdict(lm.config), "text": text, **(extra or {})}
-    weights = {f"lm.{k}": v for k, v in (weights or lm.state_dict()).items()}
+    if encoder.fill:
+        text["fill"] = encoder.fill
     if encoder.name == "small":
         t5 = encoder.encoder.config
         text |= dict(d_model=t5.d_model, layers=t5.num_layers, max_tokens=encoder.max_tokens)
-        (new / "tokenizer.json").write_text(encoder.tokenizer.backend_tokenizer.to_str())
+        write_text(folder / "tokenizer.json", encoder.tokenizer.backend_tokenizer.to_str())
+    tensors = {f"lm.{k}": v for k, v in (weights or model.state_dict()).items()}
     if text["stored"]:
-        weights |= {f"text.{k}": v for k, v in encoder.encoder.state_dict().items()}
-        weights.pop("text.encoder.embed_tokens.weight", None)  # another name of text.shared.weight
-    weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in weights.items()}
-    for name, tensors in {"model.safetensors": weights, **(files or {})}.items():
-        save_file(tensors, new / name)
-    (new / "config.json").write_text(json.dumps(config, indent=1))
-    while new.exists():
-        if folder.exists():
-            _remove(old)
-            os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if not folder.exists():  # else another process, reading, has just put the old one back
-                raise
-    _remove(old)
+        tensors |= {f"text.{k}": v for k, v in encoder.encoder.state_dict().items()}
+        tensors.pop("text.encoder.embed_tokens.weight", None)  # the same as text.shared.weight
+    write_tensors(folder / "model.safetensors", tensors, dtype=dtype)
+    config = {"model": asdict(model.config), "text": text, **(extra or {})}
+    write_text(folder / "config.json", json.dumps(config, indent=1))
+
+
+def write_tensors(file, tensors, metadata=None, dtype=None):
+    """{name: tensor} -> a safetensors file, which appears when complete. OSError if it cannot."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in tensors.items()}
+    try:
+        with under_another_name(Path(file)) as part:
+            save_file(tensors, part, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{file} could not be written: {error}") from None
 
 
 def read_config(folder) -> dict:
     """A checkpoint's config.json. ValueError, one sentence, if there is none or it is broken."""
     if is_authors(folder):
+        from paper.authors import read_authors
+
         return read_authors(folder)[0]
-    folder = Path(folder)
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():  # killed between the two renames of save_checkpoint
-        with contextlib.suppress(OSError):  # unless another process is between them now
-            os.rename(old, folder)
-    if not (folder / "config.json").is_file():
+    file = Path(folder) / "config.json"
+    if not file.is_file():
         raise ValueError(
             f"no checkpoint at {folder}: expected a folder with config.json, as train.py makes, "
             "or the .ckpt file of the paper's authors"
         )
     try:
-        return json.loads((folder / "config.json").read_text())
-    except ValueError:
-        raise ValueError(
-            f"{folder / 'config.json'} is not valid JSON; the checkpoint is broken"
-        ) from None
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is broken: not valid JSON ({error})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise ValueError(f"{file} does not describe a model of this program")
+    return config
 
 
 def load_checkpoint(folder) -> MusicLM:
-    """The language model of a checkpoint folder, in fp32 and ready to sample from."""
-    known = {field.name for field in fields(LMConfig)}
-    values = read_config(folder).get("model")
-    if not isinstance(values, dict) or set(values) - known:
-        raise ValueError(f"{folder}/config.json does not describe a language model of this program")
-    lm = MusicLM(LMConfig(**values))
-    file = folder if is_authors(folder) else Path(folder) / "model.safetensors"
-    load_weights(lm, file, "lm.")
+    """The language model of a checkpoint, in fp32 and eval mode."""
+    lm = MusicLM(read_model_config(folder, LMConfig))
+    load_weights(lm, weights_file(folder), "lm.")
     return lm.eval()
 
 
+def read_model_config(folder, kind):
+    """A checkpoint's LMConfig or RefinerConfig. ValueError, one sentence, if it is of another."""
+    values = read_config(folder)["model"]
+    unknown = set(values) - {field.name for field in fields(kind)}
+    if unknown:
+        what = "language model" if kind is LMConfig else "refiner"
+        raise ValueError(f"{folder} holds no {what} of this program (it has {min(unknown)})")
+    try:
+        return kind(**values)
+    except TypeError as error:  # a value of another type
+        raise ValueError(f"{folder}/config.json is broken: {error}") from None
+
+
 def load_text_encoder(folder) -> TextEncoder:
-    """The text encoder that a checkpoint's language model was trained with."""
-    folder, config = Path(folder), read_config(folder).get("text", {})
-    if config.get("name") == "small":
-        shape = {k: config[k] for k in ("d_model", "layers", "max_tokens")}
-        encoder = TextEncoder.small((folder / "tokenizer.json").read_text(), **shape)
-    else:
-        encoder = TextEncoder.pretrained(config.get("name", "google/flan-t5-base"))
-    if config.get("stored"):
+    """The text encoder that a checkpoint's model was trained with, in eval mode."""
+    folder, config = Path(folder), read_config(folder).get("text")
+    try:
+        if config["name"] == "small":
+            shape = {k: config[k] for k in ("d_model", "layers", "max_tokens")}
+            tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            encoder = TextEncoder.small(tokenizer, **shape)
+        else:
+            encoder = TextEncoder.pretrained(config["name"])
+        stored, fill = config["stored"], config.get("fill", 0)
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder}/config.json does not describe its text encoder") from None
+    except OSError as error:
+        raise ValueError(f"{folder}/tokenizer.json cannot be read ({error})") from None
+    if stored:
         load_weights(encoder.encoder, folder / "model.safetensors", "text.")
-    encoder.fill = config.get("fill", 0)
+    encoder.fill = fill
     return encoder.eval()
 
 
 def load_weights(module, file, prefix=""):
-    """Fills a module with those tensors of a checkpoint's file whose name begins with `prefix`."""
+    """Fills a module with the tensors of a file whose names begin with `prefix`."""
     tensors = read_tensors(file)
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     for name in [name for name in tensors if name.endswith("shared.weight")]:
@@ -110,17 +128,19 @@ def load_weights(module, file, prefix=""):
         module.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{file} holds weights of another shape than is expected: {reason}"
-        ) from None
+        raise ValueError(f"{file} holds weights of another shape than expected: {reason}") from None
+    if not all(v.isfinite().all() for v in tensors.values()):
+        raise ValueError(f"{file} holds weights that are not numbers: its training diverged")
 
 
 def read_tensors(file) -> dict:
-    """The tensors of a checkpoint's file. ValueError, one sentence, if it is missing or broken."""
+    """The tensors of a file. ValueError, one sentence, if it is missing or broken."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if is_authors(file):
+        from paper.authors import read_authors
+
         return read_authors(file)[1]
     try:
         return load_file(file)
@@ -130,6 +150,10 @@ def read_tensors(file) -> dict:
         ) from None
 
 
-def _remove(path):
-    if Path(path).exists():
-        shutil.rmtree(path)
+def weights_file(folder):
+    return Path(folder) if is_authors(folder) else Path(folder) / "model.safetensors"
+
+
+def is_authors(path) -> bool:
+    """Whether a checkpoint is a file of the paper's authors, by its name."""
+    return Path(path).suffix in (".ckpt", ".pt", ".pth") and Path(path).is_file()

@@ -21,15 +21,14 @@ ways is Hydra's (arXiv 2407.09941).
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint import load_weights, read_config
+from checkpoint import load_weights, read_model_config, weights_file
 from model import (
     Context,
     FeedForward,
@@ -413,10 +412,7 @@ def is_refiner(config) -> bool:
 
 
 def load_refiner(folder) -> Refiner:
-    """The refiner of a checkpoint folder, ready to refine. ValueError if it holds none."""
-    values = read_config(folder).get("model")
-    if not isinstance(values, dict) or set(values) - {f.name for f in fields(RefinerConfig)}:
-        raise ValueError(f"{folder} holds no refiner: make one with train.py --variant refiner")
-    refiner = Refiner(RefinerConfig(**values))
-    load_weights(refiner, Path(folder) / "model.safetensors", "lm.")
+    """The refiner of a checkpoint folder, in eval mode. ValueError if it holds none."""
+    refiner = Refiner(read_model_config(folder, RefinerConfig))
+    load_weights(refiner, weights_file(folder), "lm.")
     return refiner.eval()

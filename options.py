@@ -51,12 +51,11 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def new_parser(description):
+def new_parser(description=None, **more):
     """An ArgumentParser that shows a script's docstring and takes no abbreviated options."""
+    formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=description, formatter_class=formatter, allow_abbrev=False, **more
     )
 
 
@@ -85,6 +84,8 @@ def read_lines(file):
 def entry(main):
     """Runs a script's main(). A ValueError or an OSError is printed as one sentence and ends the
     script with status 2, Ctrl-C with 130."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows escapes instead
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:

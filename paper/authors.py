@@ -17,7 +17,6 @@ Letters: V vocabulary    D d_model    H heads    P headdim    N d_state
 """
 
 import pickle
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,11 +28,6 @@ MAMBA = (
     "in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight",
     "out_proj.weight",
 )  # fmt: skip
-
-
-def is_authors(path) -> bool:
-    """Whether a checkpoint is such a file, by its name, rather than a folder of ours."""
-    return Path(path).suffix in (".ckpt", ".pt", ".pth") and Path(path).is_file()
 
 
 def read_authors(file):
