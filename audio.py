@@ -284,6 +284,22 @@ def ensure_writable(folder):
         pass
 
 
+def lock_folder(folder):
+    """Makes a folder and locks it for this process, until the returned file is closed. ValueError
+    if another process holds the lock: two that write to one folder would lose work."""
+    ensure_writable(folder)
+    file = open(Path(folder) / ".lock", "w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # Windows
+    except OSError:
+        raise ValueError(f"another process is writing to {folder}: let it finish") from None
+    return file
+
+
 @contextmanager
 def under_another_name(path):
     """A temporary name next to `path` to write to. It takes the place of `path` at the end if all

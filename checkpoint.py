@@ -104,13 +104,15 @@ def load_text_encoder(folder) -> TextEncoder:
         if config["name"] == "small":
             shape = {k: config[k] for k in ("d_model", "layers", "max_tokens")}
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            json.loads(tokenizer)  # a ValueError if it is cut short
             encoder = TextEncoder.small(tokenizer, **shape)
         else:
             encoder = TextEncoder.pretrained(config["name"])
-        stored, fill = config["stored"], config.get("fill", 0)
+        stored = config.get("stored", False)
+        fill = config.get("fill", 0)
     except (KeyError, TypeError):
         raise ValueError(f"{folder}/config.json does not describe its text encoder") from None
-    except OSError as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder}/tokenizer.json cannot be read ({error})") from None
     if stored:
         load_weights(encoder.encoder, folder / "model.safetensors", "text.")

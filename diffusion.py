@@ -18,7 +18,6 @@ DiT's (arXiv 2212.09748) with PixArt's shared adaLN (arXiv 2310.00426); the mixe
 ways is Hydra's (arXiv 2407.09941).
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -350,60 +349,68 @@ def refine(
     refiner, encoder, codec, prompt, pieces, seed, *,
     heard=None, steps=25, guidance=2.0, sketch_guidance=2.0,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Pieces (1, l) of first-codebook codes, cut anywhere -> pieces (K, l) of all codebooks, whose
-    first row is what was given. As many frames come out as went in.
+    """Pieces (1, l) of codebook 1, cut anywhere -> pieces (K, l) of all codebooks, whose first row
+    is what was given. As many frames come out as went in.
 
-    Music of any length is refined in windows as long as the clips of training, for over longer ones
-    what is made comes out too near the mean; and in constant memory. A window's first frames are
-    those that the window before has finished: they are held to what they are at every step, and
-    the others go on from them, as an inpainted picture from its frame. In the same way all of it
-    goes on from `heard` (K, T), which is not yielded.
+    Music of any length is refined in windows as long as the clips of training (over longer ones the
+    result is too close to the mean), in constant memory. The first frames of a window are the last
+    of the window before: they are held fixed at every step and the others continue them, as in
+    inpainting. In the same way all of it continues `heard` (K, T), which is not yielded.
 
-    Guidance, of the text and of the sketch apart, as InstructPix2Pix has it (arXiv 2211.09800, eq.
-    3): v = u + sketch_guidance (s - u) + guidance (c - s), u being what is told with neither, s
-    with the sketch alone, c with both. By 1 and 1, the prediction as it is, what is made comes out
-    a little too calm. steps: see `denoise`. The same codes, prompt and seed give the same codes,
-    to the last bit.
+    steps: see `denoise`; guidance: see `paint`. The same codes, prompt and seed give the same codes.
     """
-    device, window = refiner.out.weight.device, refiner.config.window
-    windows = 0  # that are painted; each has noise of its own
-    known, ahead = int(KNOWN * window), int(AHEAD * window)
-    # The formula, sorted by c, s and u; what is counted 0 times is not computed.
-    weights = torch.tensor([guidance, sketch_guidance - guidance, 1 - sketch_guidance])
-    rows = weights.nonzero()[:, 0]
-    text = encoder.pooled([prompt, "", ""])[rows]
-    sketched = torch.tensor([True, True, False])[rows].to(device)
-    weights = weights[rows, None, None].to(device)
-    # The codes of the frames in the window: the coarse so far, the fine of the finished ones.
-    heard = torch.empty(refiner.config.codebooks, 0, dtype=torch.long) if heard is None else heard
-    coarse, fine = heard[:1, -known:], heard[1:, -known:]
-
-    def paint(coarse, fine, generator):
-        """coarse (1, L), fine (K - 1, l < L) -> fine codes (K - 1, L)"""
-        given = torch.cat([coarse[:, : fine.shape[1]], fine])[None].to(device)
-        finished, _ = refiner.signal(codec, given)
-        _, sketch = refiner.signal(codec, coarse[None].to(device))
-        for_all = lambda v: v.expand(len(rows), -1, -1)
-
-        def predict(x, t):
-            t = torch.full((len(rows),), t, device=device)
-            v = refiner(for_all(x), t, for_all(sketch), text, sketched)
-            return (weights * v).sum(0, keepdim=True)
-
-        noise = torch.randn(1, len(refiner.limit), coarse.shape[1], generator=generator).to(device)
-        x0 = denoise(predict, noise, refiner.schedule, steps, generator, finished, refiner.limit)
-        return torch.cat([fine, refiner.snap(codec, x0)[0, :, fine.shape[1] :].cpu()], 1)
-
-    for piece in itertools.chain(pieces, [None]):  # None: that was all
-        coarse = coarse if piece is None else torch.cat([coarse, piece], 1)
-        while coarse.shape[1] > (fine.shape[1] if piece is None else window):
-            last = coarse.shape[1] <= window
-            end = coarse.shape[1] if last else window - ahead
-            generator = torch.Generator().manual_seed(seed + (windows << 32))
-            begun, made = fine.shape[1], paint(coarse[:, :window], fine, generator)
+    window = refiner.config.window
+    known = int(KNOWN * window)
+    ahead = int(AHEAD * window)
+    text = encoder.pooled([prompt, "", ""])
+    options = dict(steps=steps, guidance=guidance, sketch_guidance=sketch_guidance)
+    if heard is None:
+        heard = torch.empty(refiner.config.codebooks, 0, dtype=torch.long)
+    coarse = heard[:1, -known:]  # codebook 1 of the frames in the window
+    fine = heard[1:, -known:]  # the other codebooks of those that are finished
+    windows = 0
+    for piece in pieces:
+        coarse = torch.cat([coarse, piece], 1)
+        while coarse.shape[1] > window:
+            noise = torch.Generator().manual_seed(seed + (windows << 32))
+            made = paint(refiner, codec, text, coarse[:, :window], fine, noise, **options)
             windows += 1
-            yield torch.cat([coarse[:, begun:end], made[:, begun:end]])
-            coarse, fine = coarse[:, max(0, end - known) :], made[:, max(0, end - known) : end]
+            end = window - ahead  # what follows is painted again, with more of its future
+            yield torch.cat([coarse[:1, :end], made[:, :end]])[:, fine.shape[1] :]
+            coarse = coarse[:, end - known :]
+            fine = made[:, end - known : end]
+    if coarse.shape[1] > fine.shape[1]:
+        noise = torch.Generator().manual_seed(seed + (windows << 32))
+        made = paint(refiner, codec, text, coarse, fine, noise, **options)
+        yield torch.cat([coarse, made])[:, fine.shape[1] :]
+
+
+def paint(refiner, codec, text, coarse, fine, generator, steps, guidance, sketch_guidance):
+    """One window: codebook 1 (1, L) and the finished frames of the others (K - 1, l), l <= L
+    -> codebooks 2 ... K (K - 1, L).
+
+    text (3, d_text): the prompt's, and twice the empty one. Guidance of the text and of codebook 1
+    (the sketch) apart, as in InstructPix2Pix (arXiv 2211.09800, eq. 3):
+
+        v = u + sketch_guidance (s - u) + guidance (c - s)
+
+    with u predicted from neither, s from the sketch alone, c from both.
+    """
+    device = refiner.out.weight.device
+    finished = torch.cat([coarse[:, : fine.shape[1]], fine])[None].to(device)
+    known, _ = refiner.signal(codec, finished)  # (1, C, l)
+    _, sketch = refiner.signal(codec, coarse[None].to(device))  # (1, 8, L)
+    sketch = sketch.expand(3, -1, -1)
+    sketched = torch.tensor([True, True, False], device=device)
+
+    def predict(x, t):
+        t = torch.full((3,), t, device=device)
+        c, s, u = refiner(x.expand(3, -1, -1), t, sketch, text, sketched).split(1)
+        return u + sketch_guidance * (s - u) + guidance * (c - s)
+
+    noise = torch.randn(1, len(refiner.limit), coarse.shape[1], generator=generator).to(device)
+    x0 = denoise(predict, noise, refiner.schedule, steps, generator, known, refiner.limit)
+    return torch.cat([fine, refiner.snap(codec, x0)[0, :, fine.shape[1] :].cpu()], 1)
 
 
 def is_refiner(config) -> bool:

@@ -237,7 +237,7 @@ class System:
         parts = self.refiner, self.refiner_encoder, self.refiner_codec
         return refine(*parts, prompt, pieces, seed, **options)
 
-    def audio(self, prompt, pieces, seed, heard=None, **options):
+    def audio(self, prompt, seed, pieces, heard=None, **options):
         """Codes (K, l) at a time -> audio (samples,), 1.5 s at a time. heard (9, T): codes of the
         music that is continued, which is played first."""
         if self.second:
@@ -297,6 +297,9 @@ class Command:
     seed: int = option(0, "sample i of a prompt has seed SEED + i", "[0, 4294967296)")
     n: int = option(1, "samples of each prompt", "[1, 10000]")
 
+    def __post_init__(self):
+        check(self)
+
 
 def main(argv=None):
     args = parse_arguments(argv)
@@ -338,7 +341,7 @@ def main(argv=None):
     frames += 0 if heard is None else heard.shape[1]
     for path, (prompt, seed), pieces in zip(paths, jobs, one_by_one(blocks, len(jobs))):
         picture = Picture(frames * codec.hop)
-        audio = system.audio(prompt, pieces, seed, heard, **refining)
+        audio = system.audio(prompt, seed, pieces, heard, **refining)
         write_stream(path, picture.watch(audio), frames * codec.hop)
         picture.save(path.with_suffix(".png"), f"{prompt} (seed {seed})", codec.sample_rate)
         say(f"{path} and {path.with_suffix('.png').name}")

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+TYPICAL_LENGTH = 64  # tokens of a caption, to size batches and memory by
+
 
 class TextEncoder(nn.Module):
     """Captions -> T5's last hidden states: the paper's frozen Flan-T5 Base from the hub, or a small

@@ -1,57 +1,57 @@
-"""Trains a language model, or the refiner: one loop, read from top to bottom.
+"""Trains a language model or a refiner: one loop, read from top to bottom.
 
     python train.py --variant simba                      the toy world: a laptop, minutes, offline
-    python train.py --variant simba --codebooks 9        ... a single stage, all codebooks at once
-    python train.py --variant refiner                    ... the second stage of two
+    python train.py --variant simba --codebooks 9        a single stage, all codebooks at once
+    python train.py --variant refiner                    the second stage of two
     python train.py --variant simba --preset paper --data data/jamendo
     python train.py --variant simba --preset paper --dry-run     what that would cost
     torchrun --nproc_per_node=4 train.py ...                     on four cards
-    python train.py --resume out/simba                       goes on where it stopped
+    python train.py --resume out/simba                           continues a stopped run
 
-A run is a folder: last/ and best/ (checkpoints, see model.py), log.jsonl, loss.png, and a sample;
-of --keep-every N, also step-N/, step-2N/, ... (N a multiple of --valid-every).
+A run is a folder: last/ and best/ (checkpoints, see checkpoint.py), log.jsonl, loss.png and two
+samples; with --keep-every N also step-N/, step-2N/, ...
 """
 
-import argparse
+import hashlib
 import itertools
 import json
 import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ssd_kernel
-from audio import FRAME_RATE, write_text
+from audio import FRAME_RATE, lock_folder, write_text
 from checkpoint import (
     load_checkpoint,
     load_text_encoder,
     read_config,
+    read_model_config,
     read_tensors,
     save_checkpoint,
+    write_tensors,
 )
 from codec import load_codec
 from data import Clips
 from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss
 from model import VARIANTS, LMConfig, MusicLM
-from options import add_arguments, check, entry, option
-from paper import budget
+from options import add_arguments, check, entry, flag, new_parser, option
 from sample import multiplies_bf16
-from text import TextEncoder
+from text import TYPICAL_LENGTH, TextEncoder
 
 ROOT = Path(__file__).parent
 
@@ -90,6 +90,10 @@ class TrainConfig:
 
     def __post_init__(self):
         check(self)
+        if self.keep_every % self.valid_every:
+            raise ValueError(f"--keep-every must be a multiple of --valid-every {self.valid_every}")
+        if self.fsdp and (self.ema or self.train_text_encoder):
+            raise ValueError("--fsdp needs a frozen text encoder and no --ema")
 
 
 PRESETS = {
@@ -120,18 +124,22 @@ REFINER_PRESETS = {
 
 def main(argv=None):
     model_config, config, run, dry = parse_arguments(argv)
-    refining = isinstance(model_config, RefinerConfig)
-    device, rank, ranks = join_processes(config)
+    processes = join_processes(config.device)
     if dry:
-        toy_encoder = config.text_encoder == "toy"  # another need not be at hand
-        text = size(new_encoder("toy")) if toy_encoder else budget.FLAN_T5_BASE
-        return print_budget(model_config, config, text, device, dry=True)
-    best = train(model_config, config, run, device, rank, ranks)
-    if ranks > 1:
-        wait_for(ranks)  # nobody hangs up while another still speaks
-        dist.destroy_process_group()
-    if rank > 0:
+        from paper import budget
+
+        frames, batch = stages(config)[-1][1:]
+        tokens = seen_before(config.steps, config)[1]
+        text = budget.FLAN_T5_BASE  # which need not be at hand
+        if config.text_encoder == "toy":
+            text = sum(p.numel() for p in new_encoder("toy").parameters())
+        sizes = tokens, frames, batch, text
+        return print(budget.report(model_config, config, *sizes, processes.device))
+    best = train(model_config, config, run, processes)
+    processes.end()
+    if processes.rank > 0:
         return
+    refining = isinstance(model_config, RefinerConfig)
     unit = "squared error of v" if refining else "nats per token"
     print(f"{run}: best validation loss {best:.3f} {unit}; curve in {run}/loss.png")
     import sample
@@ -140,421 +148,276 @@ def main(argv=None):
     sample.main([*sample.SHOWCASE, role, str(run / "best"), "--out", str(run)])
 
 
-def train(model_config, config, run, device, rank=0, ranks=1):
-    """Trains, or goes on where `run` stopped, to the end -> the best validation loss."""
-    refining = isinstance(model_config, RefinerConfig)
-    torch.manual_seed(config.seed)
-    resuming = begun(run)
+# ------------------------------------------------------------------------------------ the loop ----
 
-    # Data and model. A clip of the toy world has no caption but the factors to draw one from.
-    if rank > 0:
-        wait_for(ranks)  # the first unpacks and downloads, for all
-    folder, describe = open_data(config.data, refining)
-    start = run / "last" if resuming else initial(config, refining)  # or none
-    origin = read_config(start) if start else {}
-    clips, valid = (
-        Clips(folder, split, model_config.codebooks, origin.get("codec"))
-        for split in ("train", "valid")
-    )
-    codec = load_codec(clips.meta["codec"]) if refining else None
-    if start:
-        load = load_refiner if refining else load_checkpoint
-        lm, encoder = load(start), load_text_encoder(start)
+
+def train(model_config, config, run, processes):
+    """Trains to the end, or continues where `run` stopped -> the best validation loss.
+
+    Every random choice is a function of the seed, the step and the process, so that a resumed run
+    repeats what an uninterrupted one does. ValueError, one sentence, for what the user can mend.
+    """
+    main_rank = processes.rank == 0
+    torch.manual_seed(config.seed)
+    with processes.first_rank_first():
+        data = Data(config, model_config, run)
+        objective = Objective(*build(model_config, config, data), data.codec, config)
+    lock = lock_folder(run) if main_rank else nullcontext()
+    objective.to(processes.device).train()
+    wrapped = processes.wrap(objective, config.fsdp)
+    trainer = Trainer(objective, config, run, data, processes)
+    if config.compile:
+        objective.model.compile(dynamic=False)
+    log = Log(run / "log.jsonl", trainer.step, main_rank)
+    if main_rank:
+        introduce(objective, config, data, processes.device)
+    batches = prefetched(data, config, trainer.step, processes)
+    bad_steps = 0
+
+    with lock, finish_step_on_signals() as stop:
+        for step in range(trainer.step, config.steps):
+            started = time.time()
+            frames = shape_at(step, config)[0]
+            rate = learning_rate(step, config)
+            for group in trainer.optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            torch.manual_seed(seed_of(config.seed, step, processes.rank))
+            loss = 0.0
+            parts = share(step, config, processes.rank, processes.ranks)
+            for i, (_, count, _) in enumerate(parts):
+                codes, captions = next(batches)
+                weight = count * processes.ranks / clips_in(step, config)
+                with processes.averaging(wrapped, last=i == len(parts) - 1):
+                    part = wrapped(codes, captions) * weight
+                    part.backward()
+                loss += part.item()
+            norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, config.clip)
+            norm = processes.whole(norm).item()
+            loss, stopping = processes.agree(loss, stop.is_set())
+            if math.isfinite(norm):
+                trainer.update()
+                bad_steps = 0
+            else:
+                bad_steps += 1
+                print(f"\nstep {step}: loss {loss}, gradient {norm}; step skipped")
+                if bad_steps == 10:
+                    raise ValueError(f"10 bad steps in a row; last good checkpoint: {run}/last")
+            trainer.optimizer.zero_grad(set_to_none=True)
+            trainer.step = step + 1
+            seconds = time.time() - started
+            log.write(
+                step=step + 1, loss=loss, norm=norm, lr=rate, seconds=seconds,
+                tokens=clips_in(step, config) * frames,
+            )  # fmt: skip
+            if (step + 1) % 10 == 0 or step + 1 == config.steps:
+                log.print_progress(config.steps)
+
+            if stopping:
+                trainer.save("last")
+                log.print(f"\nstopped at step {step + 1}: `python train.py --resume {run}`")
+                sys.exit(130)
+            if (step + 1) % config.valid_every == 0 or step + 1 == config.steps:
+                scores = validate(trainer.kept, objective, data, config)
+                log.write(step=step + 1, **scores)
+                trainer.save_if_best(scores["right"])
+                if config.keep_every and (step + 1) % config.keep_every == 0:
+                    trainer.save(f"step-{step + 1}")
+                trainer.save("last")
+    if main_rank:
+        plot(log, run / "loss.png")
+    return trainer.best
+
+
+def learning_rate(step, config):
+    """Linear warm-up, then a cosine to zero."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def seed_of(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@contextmanager
+def finish_step_on_signals():
+    """Ctrl-C and SIGTERM set the event that this yields, instead of ending the process."""
+    stop = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(signals, before):
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------- the data and the model ----
+
+
+class Data:
+    """What a run reads: clips to train on and to validate on, and their captions."""
+
+    def __init__(self, config, model_config, run):
+        self.refining = isinstance(model_config, RefinerConfig)
+        self.start = run / "last" if begun(run) else initial(config, self.refining)
+        self.resuming = begun(run)
+        self.origin = read_config(self.start) if self.start else {}
+        self.folder = toy_corpus() if config.data == "toy" else Path(config.data)
+        self.train, self.valid = (
+            Clips(self.folder, split, model_config.codebooks, self.origin.get("codec"))
+            for split in ("train", "valid")
+        )
+        self.codec_name = self.train.meta["codec"]
+        self.codec = load_codec(self.codec_name) if self.refining else None
+        manifest = (self.folder / "manifest.jsonl").read_bytes()
+        self.fingerprint = hashlib.sha1(manifest).hexdigest()
+
+    def describe(self, row, rng):
+        """A caption for a row of the manifest. Toy clips have factors, from which it is drawn."""
+        if "factors" not in row:
+            return row["caption"]
+        from toy import words
+
+        # Codebook 1 tells a refiner the genre already; the words are for the lead instrument.
+        draw = words.caption_with_lead if self.refining else words.caption
+        return draw(row["factors"], rng)
+
+    def batch(self, config, first, count, frames):
+        """Samples `first` ... of the shuffled data: codes (count, K, frames) and captions."""
+        window = stages(config)[-1][1]  # a crop starts where the whole clip would
+        describe, dropout = self.describe, config.caption_dropout
+        return self.train.batch(first, count, frames, config.seed, describe, dropout, window)
+
+
+def toy_corpus():
+    from toy import corpus
+
+    return corpus.folder()
+
+
+def build(model_config, config, data):
+    """-> the model and the text encoder: from the run's last checkpoint, from the checkpoint that
+    it starts from, or new."""
+    if data.start:
+        model = (load_refiner if data.refining else load_checkpoint)(data.start)
+        encoder = load_text_encoder(data.start)
     else:
         encoder = new_encoder(config.text_encoder)
         model_config.d_text = encoder.d_text
-        lm = Refiner(model_config) if refining else MusicLM(model_config)
-        if refining:
-            lm.fit(codec)
-    if not refining:
-        lm.recompute = config.recompute
-    if rank == 0:
-        wait_for(ranks)
+        model = Refiner(model_config) if data.refining else MusicLM(model_config)
+        if data.refining:
+            model.fit(data.codec)
+    if not data.refining:
+        model.recompute = config.recompute
     encoder.requires_grad_(config.train_text_encoder > 0)
-    if encoder.name != "small" and not encoder.trained and device.type == "cuda":
-        encoder.bfloat16()  # a published one, which is not stored with the checkpoints
-    lm.to(device).train()
-    encoder.to(device).train(encoder.trained)
-    if refining:
-        codec.to(device)
-    ema = AveragedModel(lm, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-    kept = ema.module if ema else lm  # the weights that are validated and stored
-    objective = spread(Objective(lm, encoder, codec, config), config, device, ranks)
-    optimizer = make_optimizer(lm, encoder, config)
-    log = Log(run / "log.jsonl", write=rank == 0)
-    step, best = 0, math.inf
-    if resuming:
-        step, best = load_trainer(run / "last", lm, encoder, optimizer, ema)
-    log.cut(step)
-    if rank == 0:
-        if lm.config.variant != "transformer":
-            print(ssd_kernel.path(device))
-        print_budget(lm.config, config, size(encoder), device)
-        print(f"{len(clips):,} clips; on {device}")
-
-    def save(name):
-        extra = dict(train=asdict(config), step=step, best=best, codec=clips.meta["codec"])
-        if "sampling" in origin:  # it plays with the options of what it started from
-            extra["sampling"] = origin["sampling"]
-        files = None
-        if name == "last":
-            files = {"trainer.safetensors": trainer_state(lm, encoder, optimizer, ema)}
-        weights = {k: whole(v) for k, v in kept.state_dict().items()}
-        if rank == 0:
-            try:
-                save_checkpoint(run / name, kept, encoder, extra, files, weights=weights)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{run / name} could not be written ({error}): the checkpoint before it is "
-                    f"as it was; make room, then go on with --resume {run}"
-                ) from None
-
-    stop = []  # Ctrl-C and SIGTERM finish the step, then save
-    told = lambda *_: stop.append(1)
-    before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    shares = ((n, share(n, config, rank, ranks)) for n in range(step, config.steps))
-    window = stages(config)[-1][1]  # a crop begins where the whole clip would
-    make = lambda n, first, count, frames: clips.batch(
-        first, count, frames, config.seed, describe, config.caption_dropout, window
-    )
-    batches = prefetched(make, ((n, *part) for n, parts in shares for part in parts), device)
-    started, first_step, bad, skipped, seen = time.time(), step, 0, 0, 0
-    while step < config.steps:
-        step_started = time.time()
-        frames, batch = shape_at(step, config)
-        total = batch * config.accumulate
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        # Chance is a function of seed, step and process, so that nothing of it needs to be kept.
-        torch.manual_seed(
-            int(np.random.SeedSequence((config.seed, step, rank)).generate_state(1)[0])
-        )
-        loss, parts = 0.0, share(step, config, rank, ranks)
-        for i, (_, count, _) in enumerate(parts):
-            codes, captions = next(batches)
-            with together(objective, ranks, last=i == len(parts) - 1):
-                part = objective(codes, captions) * (count * ranks / total)
-                part.backward()
-            loss += part.item()
-            seen += codes[:, 0].numel() * ranks
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for g in optimizer.param_groups for p in g["params"]], config.clip
-        )
-        norm = whole(norm).item()
-        loss, stopping = agree(loss, stop, ranks, device)
-        if math.isfinite(norm):
-            optimizer.step()
-            bad = 0
-            if ema:
-                ema.update_parameters(lm)
-        else:
-            bad, skipped = bad + 1, skipped + 1
-            if rank == 0:
-                print(f"step {step}: loss {loss}, gradient {norm}; step skipped, {skipped} so far")
-            if bad == 10:
-                raise ValueError(f"10 bad steps in a row; the last good checkpoint is {run}/last")
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-
-        rate = seen / (time.time() - started)
-        took = time.time() - step_started
-        log.write(step=step, loss=loss, norm=norm, lr=lr, frames=frames, seconds=took)
-        if rank == 0 and (step % 10 == 0 or step == config.steps):
-            left = (time.time() - started) / (step - first_step) * (config.steps - step)
-            print(
-                f"\rstep {step:6}/{config.steps}  loss {log.smooth():.3f}  lr {lr:.1e}  "
-                f"|g| {norm:5.2f}  {rate:7,.0f} tokens/s  {left / 60:5.1f} min left ",
-                end="",
-                flush=True,
-            )
-        if step % config.valid_every == 0 or step == config.steps or stopping:
-            if not stopping:
-                scores = validate(kept, encoder, codec, valid, describe, config, device)
-                lm.train(), encoder.train(encoder.trained)
-                log.write(step=step, **scores)
-                if rank == 0:
-                    print("\n  valid  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-                if scores["right"] < best:
-                    best = scores["right"]
-                    save("best")
-            if config.keep_every and step % config.keep_every == 0:
-                save(f"step-{step}")
-            save("last")
-            if stopping:
-                if rank == 0:
-                    print(f"\nstopped at step {step}; `python train.py --resume {run}` goes on")
-                sys.exit(130)
-
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if rank == 0:
-        plot(log, run / "loss.png")
-    return best
+    return model, encoder
 
 
-def parse_arguments(argv):
-    # The variant and the preset decide what other options there are, and their defaults.
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", default="toy", choices=PRESETS, help="sizes and schedule [toy]")
-    first.add_argument("--resume", metavar="RUN", help="go on with this run's folder")
-    first.add_argument("--init-from", default="")
-    first.add_argument("--dry-run", action="store_true", help="say what it would cost, and end")
-    kinds = ", ".join([*VARIANTS, "refiner"])
-    first.add_argument("--variant", default="simba", help=f"what to train: {kinds} [simba]")
-    known = first.parse_known_args(argv)[0]
-    refining = known.variant == "refiner"
-    kind, presets = (RefinerConfig, REFINER_PRESETS) if refining else (LMConfig, PRESETS)
-    if known.preset not in presets:
-        raise ValueError(f"a {known.variant} has no preset {known.preset!r}: {', '.join(presets)}")
-    preset = presets[known.preset] | ({} if refining else dict(variant=known.variant))
-    if known.init_from:  # what it knows already would be shaken off by large steps and short crops
-        preset["lr"] = preset.get("lr", TrainConfig.lr) / 6
-        preset["crop"] = max(preset.get("crop", TrainConfig.crop), 3.0)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[first],
-        conflict_handler="resolve",  # LMConfig has a variant as well
-    )
-    add_arguments(parser.add_argument_group("model"), kind, **preset)
-    add_arguments(parser.add_argument_group("training"), TrainConfig, **preset)
-    args = parser.parse_args(argv)
-    pick = lambda kind: kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
-    if args.resume:
-        if more := named_options(argv) - {"--resume", "--dry-run"}:
-            raise ValueError(f"--resume goes on with the run's own options: leave out {min(more)}")
-        saved = read_config(Path(args.resume) / "last")
-        kind = RefinerConfig if is_refiner(saved) else LMConfig
-        config = TrainConfig(**saved["train"])
-        return kind(**saved["model"]), config, Path(args.resume), args.dry_run
-    model, config = pick(kind), pick(TrainConfig)
-    if refining and config.recompute:
-        raise ValueError("--recompute goes with language models: a refiner is small without it")
-    if config.valid_every < 1:
-        raise ValueError(f"--valid-every must be at least 1, not {config.valid_every}")
-    if config.keep_every % config.valid_every:
-        raise ValueError(f"--keep-every must be a multiple of --valid-every, {config.valid_every}")
-    if config.fsdp and (config.ema or config.train_text_encoder):
-        raise ValueError("--fsdp goes with a frozen text encoder and without --ema")
-    if config.init_from:
-        model = shape_of(initial(config, refining), model, argv)
-    name = model.variant + ("" if refining or model.codebooks == 1 else f"-{model.codebooks}")
-    run = Path(config.out or f"out/{name}")
-    if begun(run) and not args.dry_run:
-        raise ValueError(f"{run} holds a run: go on with --resume {run}, or choose another --out")
-    return model, config, run, args.dry_run
+def new_encoder(name):
+    if name != "toy":
+        return TextEncoder.pretrained(name)
+    from toy import corpus
 
-
-def named_options(argv):
-    """The options that a command line names: {"--steps", ...}; argv None: this process's."""
-    words = sys.argv[1:] if argv is None else argv
-    return {word.split("=")[0] for word in words if word.startswith("--")}
-
-
-def begun(run):
-    """Whether there is a checkpoint to go on from, if only the one before the last."""
-    return (run / "last").exists() or (run / "last.old").exists()
+    return corpus.text_encoder()
 
 
 def initial(config, refining):
-    """The checkpoint that a run starts from, if any."""
+    """The checkpoint that a run starts from, or "" for none."""
     shipped = ROOT / "toy" / ("refiner" if refining else "lm")
     return shipped if config.init_from == "toy" else config.init_from
 
 
-def shape_of(folder, asked, argv):
-    """The model's shape is the checkpoint's. ValueError if the command line asks for another."""
-    load = load_refiner if isinstance(asked, RefinerConfig) else load_checkpoint
-    saved = load(folder).config
-    words = named_options(argv)
-    for field in fields(saved):
-        option = "--" + field.name.replace("_", "-")
-        have, want = getattr(saved, field.name), getattr(asked, field.name)
-        if option in words and have != want:
-            raise ValueError(
-                f"{folder} has {option} {have}, not {want}: leave out {option}, or --init-from"
-            )
-    return saved
-
-
-def open_data(name, refining=False):
-    """-> the data folder, and describe(row, rng) -> caption."""
-    from toy import corpus, words
-
-    folder = corpus.folder() if name == "toy" else Path(name)
-    # The sketch has the genre in it already. What a refiner needs the words for is the lead.
-    draw = words.caption_with_lead if refining else words.caption
-
-    def describe(row, rng):
-        return draw(row["factors"], rng) if "factors" in row else row["caption"]
-
-    return folder, describe
-
-
-def new_encoder(name):
-    from toy import corpus
-
-    return corpus.text_encoder() if name == "toy" else TextEncoder.pretrained(name)
-
-
-# ------------------------------------------------------------------------- several processes ----
-#
-# Under torchrun every process has a rank and, where there are GPUs, one of its own. The clips of a
-# step are dealt out among them, and their gradients averaged, so the same steps are made as by one.
-
-
-def join_processes(config):
-    """-> this process's device, its rank, and the number of ranks."""
-    rank, ranks = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    cuda = torch.cuda.is_available()
-    try:
-        device = torch.device(config.device or ("cuda" if cuda else "cpu"))
-        if ranks > 1 and device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or none here
-        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
-    if ranks > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    elif config.fsdp:
-        config.fsdp = False  # one process keeps all
-    return device, rank, ranks
-
-
-def wait_for(ranks):
-    if ranks > 1:
-        dist.barrier()
+def begun(run):
+    """Whether the folder holds a run that can be resumed."""
+    return (run / "last" / "trainer.safetensors").exists()
 
 
 class Objective(nn.Module):
-    """codes (B, K, L) and their captions -> the loss; one module with all that is trained."""
+    """All that is trained, as one module: codes (B, K, L) and captions -> the loss."""
 
-    def __init__(self, lm, encoder, codec, config):
+    def __init__(self, model, encoder, codec, config):
         super().__init__()
-        self.lm, self.encoder = lm, encoder
-        self.codec, self.smoothing = codec, config.label_smoothing
-        self.run = torch.compile(lm, dynamic=False) if config.compile else lm
+        self.model = model
+        self.encoder = encoder
+        self.codec = codec  # of a refiner
+        self.config = config
+
+    def train(self, mode=True):
+        super().train(mode)
+        if not self.encoder.trained:
+            self.encoder.eval()
+        return self
+
+    def to(self, device):
+        if device.type == "cuda" and not self.encoder.trained and self.encoder.name != "small":
+            self.encoder.bfloat16()  # a published, frozen encoder, which is not stored
+        return super().to(device)
 
     def forward(self, codes, captions):
         if self.codec:
             with autocast(codes.device):
-                return refiner_loss(self.run, self.encoder, self.codec, codes, captions)
-        smoothing = dict(label_smoothing=self.smoothing)
-        return caption_loss(self.run, self.encoder, codes, captions, **smoothing)
+                return refiner_loss(self.model, self.encoder, self.codec, codes, captions)
+        smoothing = self.config.label_smoothing
+        losses = token_losses(
+            self.model, self.encoder, codes, captions, smoothing, 64 if self.config.compile else 1
+        )
+        return losses.sum() / (codes != self.model.config.codebook_size).sum()
 
 
-def spread(objective, config, device, ranks):
-    """The objective, made to average its gradients over the ranks."""
-    if config.fsdp:
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = dist.device_mesh.init_device_mesh(device.type, (ranks,))
-        for block in objective.lm.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(objective.lm, mesh=mesh)
-    elif ranks > 1:
-        return nn.parallel.DistributedDataParallel(objective)
-    return objective
-
-
-def together(objective, ranks, last):
-    """Gradients are averaged in a step's last backward pass only."""
-    if isinstance(objective, nn.parallel.DistributedDataParallel):
-        return nullcontext() if last else objective.no_sync()
-    if ranks > 1:
-        objective.lm.set_requires_gradient_sync(last)
-    return nullcontext()
-
-
-def agree(loss, stop, ranks, device):
-    """-> the ranks' mean loss, and whether any was told to stop."""
-    if ranks == 1:
-        return loss, bool(stop)
-    told = torch.tensor([loss / ranks, float(bool(stop))], device=device)
-    dist.all_reduce(told)
-    return told[0].item(), told[1].item() > 0
-
-
-def whole(v):
-    """A tensor that ranks share, in one piece; any other as it is."""
-    return v.full_tensor() if isinstance(v, DTensor) else v
-
-
-def share(step, config, rank, ranks):
-    """A rank's part of a step -> [(number of its first sample, samples, frames)], micro-batches."""
-    frames, batch = shape_at(step, config)
-    first, total = seen_before(step, config)[0], batch * config.accumulate
-    if total < ranks:
-        raise ValueError(f"{ranks} processes are too many for {total} clips a step")
-    begin, end = (total * r // ranks for r in (rank, rank + 1))
-    return [(first + i, min(batch, end - i), frames) for i in range(begin, end, batch)]
-
-
-def prefetched(make, jobs, device, ahead=2):
-    """make(*job) for each job, on the device, made in a thread while the device is at work."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque(pool.submit(make, *job) for job in itertools.islice(jobs, ahead))
-        while waiting:
-            codes, captions = waiting.popleft().result()
-            waiting.extend(pool.submit(make, *job) for job in itertools.islice(jobs, 1))
-            codes = codes.pin_memory() if device.type == "cuda" else codes
-            yield codes.to(device, non_blocking=True), captions
-
-
-# ------------------------------------------------------------------------------------- the loss --
-
-
-def caption_loss(lm, encoder, codes, captions, reduction="mean", label_smoothing=0.0):
-    """Cross-entropy in nats per token of codes (B, K, L) given their captions."""
+def token_losses(lm, encoder, codes, captions, label_smoothing=0.0, multiple=1):
+    """Cross-entropies in nats (B,K,L) of codes given their captions, 0 at padding. multiple: of
+    what the text's length is rounded up to, as a compiled model should meet few shapes."""
     with autocast(codes.device):
         with nullcontext() if encoder.trained else torch.no_grad():
-            compiled = not isinstance(lm, MusicLM)  # ... and should meet few shapes
-            text = encoder(captions, multiple=64 if compiled else 1)
+            text = encoder(captions, multiple=multiple)
         logits = lm(codes, *text)  # (B, K, L, V)
-    return F.cross_entropy(
-        logits.float().flatten(0, 2),
-        codes.flatten(),
-        ignore_index=lm.config.codebook_size,  # padding
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 2), codes.flatten(), reduction="none",
+        ignore_index=lm.config.codebook_size, label_smoothing=label_smoothing,
+    )  # fmt: skip
+    return losses.view_as(codes)
 
 
 def autocast(device):
-    """bf16 matrix products over fp32 parameters, where the hardware has them: pure bf16 weights
-    diverge (the steps of a slow learning rate are smaller than their last digit)."""
+    """bf16 matrix products over fp32 parameters, where the hardware has them. Pure bf16 weights
+    diverge: the updates of a small learning rate are below their last digit."""
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
+
+
+# --------------------------------------------------------------------- the course of training ----
 
 
 def stages(config):
     """-> [(the step at which it ends, frames of a clip, clips of a micro-batch)].
 
-    Training begins with short crops, many to a batch, and their length doubles in equal stages
-    until clips are whole. What the words mean shows in how the music begins, so a model learns it
-    from many beginnings; local texture comes quickly as well; whole clips teach the long run. All
-    crops are beginnings, so that what the positions tell of the time is true.
+    Training starts with short crops, many per batch; their length doubles in equal stages until
+    clips are whole. A model learns what the words mean from how music begins, so many beginnings
+    teach it fast; whole clips then teach the long run.
     """
     whole, crop = (max(1, round(s * FRAME_RATE)) for s in (config.seconds, config.crop))
     doublings = max(0, round(math.log2(whole / crop)))
     ends = [round(config.steps * config.crop_until * (i + 1) / doublings) for i in range(doublings)]
     lengths = [crop << i for i in range(doublings)]
-    text = budget.TEXT  # of as many tokens, however short the clip
+    text = TYPICAL_LENGTH  # about as many tokens per batch, with the text, at every length
     clips = [config.batch * (whole + text) // (frames + text) for frames in lengths]
     return [*zip(ends, lengths, clips), (config.steps, whole, config.batch)]
 
 
 def shape_at(step, config):
-    """-> frames of a clip and clips of a micro-batch."""
+    """-> frames of a clip and clips of a micro-batch"""
     return next((frames, clips) for end, frames, clips in stages(config) if step < end)
 
 
+def clips_in(step, config):
+    """The clips of a step, over all processes."""
+    return shape_at(step, config)[1] * config.accumulate
+
+
 def seen_before(step, config):
-    """The samples and the tokens (of one codebook) that came before this step; a sample's number
-    decides its clip, its crop and its caption, and every clip is seen once before any is again."""
+    """The samples and the tokens (of one codebook) before this step. The number of a sample decides
+    its clip, crop and caption; every clip is seen once before any is seen again."""
     samples = tokens = begin = 0
     for end, frames, clips in stages(config):
         steps = max(0, min(step, end) - begin)
@@ -564,149 +427,320 @@ def seen_before(step, config):
     return samples, tokens
 
 
-def learning_rate(step, config):
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+def share(step, config, rank, ranks):
+    """A process's part of a step -> micro-batches [(number of the first sample, samples, frames)]"""
+    frames, batch = shape_at(step, config)
+    first = seen_before(step, config)[0]
+    total = batch * config.accumulate
+    if total < ranks:
+        raise ValueError(f"{ranks} processes are too many for {total} clips a step")
+    begin, end = (total * r // ranks for r in (rank, rank + 1))
+    return [(first + i, min(batch, end - i), frames) for i in range(begin, end, batch)]
 
 
-def make_optimizer(lm, encoder, config):
-    """AdamW; weight decay for matrices only: not for biases, norms, A_log, D and dt_bias."""
+def prefetched(data, config, first_step, processes, ahead=2):
+    """The run's micro-batches (codes on the device, captions), made in a thread ahead of time."""
+    device = processes.device
+    steps = range(first_step, config.steps)
+    shares = (share(step, config, processes.rank, processes.ranks) for step in steps)
+    jobs = itertools.chain.from_iterable(shares)
+    with ThreadPoolExecutor(1) as pool:
+        submit = lambda job: pool.submit(data.batch, config, *job)
+        waiting = deque(submit(job) for job in itertools.islice(jobs, ahead))
+        while waiting:
+            codes, captions = waiting.popleft().result()
+            waiting.extend(submit(job) for job in itertools.islice(jobs, 1))
+            codes = codes.pin_memory() if device.type == "cuda" else codes
+            yield codes.to(device, non_blocking=True), captions
+
+
+# ------------------------------------------------------------------------------- one process ----
+
+
+class OneProcess:
+    """What training needs to know of its processes, for one of them; paper/distributed.py has the
+    same for several."""
+
+    rank, ranks = 0, 1
+
+    def __init__(self, device):
+        self.device = device
+
+    first_rank_first = nullcontext
+    wrap = staticmethod(lambda objective, fsdp: objective)
+    averaging = staticmethod(lambda objective, last: nullcontext())
+    agree = staticmethod(lambda loss, stop: (loss, stop))
+    whole = staticmethod(lambda v: v)
+    share_of = staticmethod(lambda v, p: v)
+    end = staticmethod(lambda: None)
+
+
+def join_processes(device_name):
+    """The processes of this run. ValueError if there is no such device."""
+    try:
+        device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or none here
+        raise ValueError(f"--device {device_name}: {str(error).splitlines()[0]}") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return OneProcess(device)
+    from paper.distributed import Processes
+
+    return Processes(device)
+
+
+# ----------------------------------------------------------------- the optimizer, and its state ----
+
+
+class Trainer:
+    """The optimizer, the averaged weights if any, and their way to disk and back.
+
+    last/trainer.safetensors holds all that resuming needs, so that replacing this one file replaces
+    a checkpoint: the trained weights ("trained.") by name, the averaged ones ("kept."), AdamW's
+    moments, and as metadata the step, the best loss and a fingerprint of the data.
+    """
+
+    def __init__(self, objective, config, run, data, processes):
+        self.objective = objective
+        self.config = config
+        self.run = run
+        self.data = data
+        self.processes = processes
+        self.step = 0
+        self.best = math.inf
+        self.averaged = None
+        if config.ema:
+            average = get_ema_multi_avg_fn(config.ema)
+            self.averaged = AveragedModel(objective.model, multi_avg_fn=average)
+        self.kept = self.averaged.module if self.averaged else objective.model
+        self.optimizer = make_optimizer(objective, config)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if data.resuming:
+            self.load(run / "last" / "trainer.safetensors")
+
+    def update(self):
+        self.optimizer.step()
+        if self.averaged:
+            self.averaged.update_parameters(self.objective.model)
+
+    def save_if_best(self, loss):
+        if not math.isfinite(loss):
+            raise ValueError(f"training diverged: validation loss {loss}; try a smaller --lr")
+        if loss < self.best:
+            self.best = loss
+            self.save("best")
+
+    def save(self, name):
+        """Writes the checkpoint run/NAME; "last" with what resuming needs. All ranks take part."""
+        folder = self.run / name
+        extra = dict(train=asdict(self.config), step=self.step, best=self.best)
+        extra["codec"] = self.data.codec_name
+        if "sampling" in self.data.origin:  # it plays with the options of what it started from
+            extra["sampling"] = self.data.origin["sampling"]
+        weights = {k: self.processes.whole(v) for k, v in self.kept.state_dict().items()}
+        tensors = self.tensors() if name == "last" else None
+        if self.processes.rank > 0:
+            return
+        about = dict(step=self.step, best=self.best, data=self.data.fingerprint)
+        try:
+            save_checkpoint(folder, self.kept, self.objective.encoder, extra, weights=weights)
+            if tensors:
+                file = folder / "trainer.safetensors"
+                write_tensors(file, tensors, {"about": json.dumps(about)})
+        except OSError as error:
+            raise ValueError(
+                f"{error}: make room, then continue with `python train.py --resume {self.run}`"
+            ) from None
+
+    def tensors(self):
+        """What trainer.safetensors holds."""
+        whole = self.processes.whole
+        tensors = {}
+        for name, p in trained_parameters(self.objective).items():
+            tensors[f"trained.{name}"] = whole(p)
+            for key, v in self.optimizer.state.get(p, {}).items():  # empty before the first step
+                tensors[f"{key}.{name}"] = whole(v)
+        if self.averaged:
+            tensors |= {f"kept.{k}": v for k, v in self.kept.state_dict().items()}
+        return tensors
+
+    @torch.no_grad()
+    def load(self, file):
+        tensors, about = read_tensors(file), read_about(file)
+        if about["data"] != self.data.fingerprint:
+            raise ValueError(
+                f"{self.data.folder} has changed since {self.run} began: restore it, or start a "
+                f"new run with --init-from {self.run}/best"
+            )
+        for name, p in trained_parameters(self.objective).items():
+            p.copy_(self.processes.share_of(tensors[f"trained.{name}"].to(p.device), p))
+            for key in ("exp_avg", "exp_avg_sq"):
+                if (v := tensors.get(f"{key}.{name}")) is not None:
+                    self.optimizer.state[p][key] = self.processes.share_of(v.to(p.device), p)
+                    self.optimizer.state[p]["step"] = tensors[f"step.{name}"]
+        if self.averaged:
+            self.kept.load_state_dict({k: tensors[f"kept.{k}"] for k in self.kept.state_dict()})
+            self.averaged.n_averaged.fill_(about["step"])  # at 0 an update would replace them
+        self.step = about["step"]
+        self.best = about["best"]
+
+
+def read_about(file):
+    """The metadata of a trainer.safetensors"""
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["about"])
+
+
+def make_optimizer(objective, config):
+    """AdamW; weight decay for matrices only: not for biases, norms, A_log, D and dt_bias. The text
+    encoder has its own learning rate."""
+    named = trained_parameters(objective)
     groups = []
     for part, scale in (("lm.", 1.0), ("text.", config.train_text_encoder / config.lr)):
-        named = {k: p for k, p in named_parameters(lm, encoder).items() if k.startswith(part)}
-        decayed = [p for k, p in named.items() if p.ndim >= 2 and not k.endswith("biases")]
-        rest = [p for k, p in named.items() if p.ndim < 2 or k.endswith("biases")]
-        if named:
-            groups += [
-                dict(params=decayed, scale=scale, weight_decay=config.weight_decay),
-                dict(params=rest, scale=scale),
-            ]
-    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), weight_decay=0.0, fused=True)
+        mine = {name: p for name, p in named.items() if name.startswith(part)}
+        matrices = [p for name, p in mine.items() if p.ndim >= 2 and not name.endswith("biases")]
+        others = [p for name, p in mine.items() if p.ndim < 2 or name.endswith("biases")]
+        groups.append(dict(params=matrices, scale=scale, weight_decay=config.weight_decay))
+        groups.append(dict(params=others, scale=scale, weight_decay=0.0))
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=True)
 
 
-def size(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def named_parameters(lm, encoder):
-    named = {f"lm.{name}": p for name, p in lm.named_parameters()}
-    named |= {f"text.{name}": p for name, p in encoder.encoder.named_parameters()}
+def trained_parameters(objective):
+    """{"lm." + name or "text." + name: parameter}, those that are trained"""
+    named = {f"lm.{name}": p for name, p in objective.model.named_parameters()}
+    named |= {f"text.{name}": p for name, p in objective.encoder.encoder.named_parameters()}
     return {name: p for name, p in named.items() if p.requires_grad}
 
 
+# ---------------------------------------------------------------------- validation and the log ----
+
+
 @torch.no_grad()
-def validate(model, encoder, codec, clips, describe, config, device):
-    """Losses over whole clips with the right captions, with another clip's, with none; and under a
-    second name where the text is all there is to go by. Of a language model, nats per token, and
-    those of the clips' first second ("1s"); of the refiner, over windows as it refines them, the
-    squared error of v, and the same without the sketch ("blind")."""
-    model.eval(), encoder.eval()
-    count, second = min(config.valid_clips, len(clips)), round(FRAME_RATE)
-    rows = range(count)
-    frames = max(clips.rows[i]["frames"] for i in rows)
-    captions = [describe(clips.rows[i], np.random.default_rng([17, i])) for i in rows]
+def validate(model, objective, data, config):
+    """Losses on held-out clips, in windows as long as those of training, with the right captions,
+    with those of other clips ("shuffled") and without ("empty").
+
+    Of a language model: nats per token, and those of the first second of each window, where the
+    text is all there is to go by ("right_1s"). Of a refiner: the squared error of v, and the same
+    without codebook 1 ("right_blind").
+    """
+    objective.eval()
+    model.eval()
+    clips = data.valid
+    count = min(config.valid_clips, len(clips))
+    window = stages(config)[-1][1]
+    frames = max(clips.rows[i]["frames"] for i in range(count))
+    captions = [data.describe(clips.rows[i], np.random.default_rng([17, i])) for i in range(count)]
     others = {"right": captions, "shuffled": captions[1:] + captions[:1], "empty": [""] * count}
     scores = {}
     for kind, texts in others.items():
-        whole, little = [], []  # (sum of losses, their number)
+        sums = {}  # name: [sum of losses, their number]
         for i in range(0, count, 8):
-            part = range(i, min(i + 8, count))
-            codes = torch.from_numpy(np.stack([clips.codes(j, 0, frames) for j in part])).to(device)
-            said = [texts[j] for j in part]
-            if codec:
-                codes, said = windows(codes, said, model.config.window)
-                for sums, dropout in ((whole, 0.0), (little, 1.0)):
-                    same = torch.Generator().manual_seed(i)  # noise and times, for every caption
-                    with autocast(device):
-                        loss = refiner_loss(model, encoder, codec, codes, said, dropout, same)
-                    sums.append((loss.item() * len(part), len(part)))
-                continue
-            losses = caption_loss(model, encoder, codes, said, reduction="none").view_as(codes)
-            real = codes != model.config.codebook_size
-            whole.append((losses.sum().item(), real.sum().item()))
-            little.append((losses[..., :second].sum().item(), real[..., :second].sum().item()))
-        for name, sums in ((kind, whole), (kind + ("_blind" if codec else "_1s"), little)):
-            scores[name] = sum(a for a, _ in sums) / sum(b for _, b in sums)
+            rows = range(i, min(i + 8, count))
+            codes = np.stack([clips.codes(j, 0, frames) for j in rows])
+            codes = torch.from_numpy(codes).to(next(model.parameters()).device)
+            codes, words = windows(codes, [texts[j] for j in rows], window)
+            codes, words = without_padding(codes, words, model.config.codebook_size)
+            measure = refiner_sums if objective.codec else lm_sums
+            for name, (total, number) in measure(model, objective, codes, words, seed=i).items():
+                total_before, number_before = sums.get(name, (0.0, 0))
+                sums[name] = total_before + total, number_before + number
+        scores |= {kind + name: total / number for name, (total, number) in sums.items()}
+    objective.train()
     return scores
 
 
+def lm_sums(lm, objective, codes, captions, seed):
+    """{suffix of the score: (sum of losses, their number)}"""
+    losses = token_losses(lm, objective.encoder, codes, captions)
+    real = codes != lm.config.codebook_size
+    second = round(FRAME_RATE)
+    return {
+        "": (losses.sum().item(), real.sum().item()),
+        "_1s": (losses[..., :second].sum().item(), real[..., :second].sum().item()),
+    }
+
+
+def refiner_sums(refiner, objective, codes, captions, seed):
+    sums = {}
+    for suffix, dropout in (("", 0.0), ("_blind", 1.0)):
+        same_noise = torch.Generator().manual_seed(seed)  # for every kind of caption
+        with autocast(codes.device):
+            loss = refiner_loss(
+                refiner, objective.encoder, objective.codec, codes, captions, dropout, same_noise
+            )
+        sums[suffix] = loss.item() * len(codes), len(codes)
+    return sums
+
+
 def windows(codes, captions, window):
-    """Clips (B, K, L) -> their whole windows (n B, K, window), and the captions of those. A refiner
-    with attention errs on more frames at once than it was trained on, and never meets them."""
+    """Clips (B,K,L) -> their whole windows (n B, K, window) and the captions of those."""
     n = max(codes.shape[2] // window, 1)
     parts = codes[:, :, : n * window].chunk(n, 2)
     return torch.cat(parts), captions * n
 
 
-def trainer_state(lm, encoder, optimizer, ema):
-    """What resuming needs besides the stored weights: the optimiser's moments and, where the stored
-    weights are averages, those that are trained."""
-    state = {}
-    for name, p in named_parameters(lm, encoder).items():
-        if p in optimizer.state:  # not before the first good step
-            state |= {f"{k}.{name}": whole(v.detach()).cpu() for k, v in optimizer.state[p].items()}
-        if ema:
-            state[f"trained.{name}"] = p.detach().cpu()
-    return state
-
-
-@torch.no_grad()
-def load_trainer(folder, lm, encoder, optimizer, ema):
-    state, config = read_tensors(folder / "trainer.safetensors"), read_config(folder)
-    for name, p in named_parameters(lm, encoder).items():
-        for k in ("step", "exp_avg", "exp_avg_sq") if f"step.{name}" in state else ():
-            v = state[f"{k}.{name}"].to("cpu" if k == "step" else p.device)
-            if k != "step" and isinstance(p, DTensor):
-                v = distribute_tensor(v, p.device_mesh, p.placements)
-            optimizer.state[p][k] = v
-        if ema:
-            p.copy_(state[f"trained.{name}"])
-    if ema:
-        ema.n_averaged.fill_(config["step"])  # or the next update would begin a new average
-    return config["step"], config["best"]
+def without_padding(codes, captions, padding):
+    """Leaves out windows that are all padding, of clips shorter than the others."""
+    real = (codes[:, 0] != padding).any(1)
+    return codes[real], [text for text, keep in zip(captions, real.tolist()) if keep]
 
 
 class Log:
-    """log.jsonl: a line a step, and one a validation."""
+    """log.jsonl: one line per step, and one per validation. Lines after the checkpoint that a run
+    is resumed from are dropped."""
 
-    def __init__(self, path, write=True):
-        self.path, self.writes = path, write
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be cut
-        self.rows = [json.loads(line) for line in lines]
-
-    def cut(self, step):
-        """Forgets what came after the checkpoint, if any, that the run goes on from."""
-        self.rows = [row for row in self.rows if row["step"] <= step]
-        if not self.writes:
-            return
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+    def __init__(self, path, step, writes=True):
+        self.path = path
+        self.writes = writes
+        self.rows = []
+        self.begun = time.time()
+        self.first = step
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be cut
+            try:
+                self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path} is damaged: remove it to continue without it") from None
+        if writes:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, **row):
         self.rows.append(row)
-        if not self.writes:
-            return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.writes:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if "right" in row:
+            scores = [f"{name} {value:.3f}" for name, value in row.items() if name != "step"]
+            self.print("\n  valid  " + "  ".join(scores))
 
-    def smooth(self, n=50):
-        losses = [row["loss"] for row in self.rows[-2 * n :] if "loss" in row][-n:]
-        return sum(losses) / len(losses)
+    def print(self, text, end="\n"):
+        if self.writes:
+            print(text, end=end, flush=True)
+
+    def print_progress(self, steps):
+        mine = [row for row in self.rows if "loss" in row and row["step"] > self.first]
+        row, recent = mine[-1], mine[-50:]
+        elapsed = time.time() - self.begun
+        loss = sum(row["loss"] for row in recent) / len(recent)
+        rate = sum(row["tokens"] for row in mine) / elapsed
+        left = elapsed / len(mine) * (steps - row["step"]) / 60
+        line = f"\rstep {row['step']:6}/{steps}  loss {loss:.3f}  lr {row['lr']:.1e}  "
+        line += f"|g| {row['norm']:5.2f}  {rate:7,.0f} tokens/s  {left:5.1f} min left "
+        self.print(line, end="")
 
 
-def print_budget(model_config, config, text, device, dry=False):
-    """What the run will cost, `text` being the text encoder's parameters; with `dry`, when nothing
-    else is told, the memory of a GPU that is not there as well, and the hours."""
-    count, tokens = budget.parameters(model_config), seen_before(config.steps, config)[1]
-    print(budget.describe_cost(model_config, config, count, tokens, text))
-    if dry or device.type == "cuda":
-        frames, batch = stages(config)[-1][1:]
-        parts = budget.memory(model_config, config, count, text, frames, batch)
-        print(budget.describe_memory(parts, device))
-    if dry:
-        print(budget.describe_hours(count, tokens, device))
+def introduce(objective, config, data, device):
+    """The first lines of a run: which SSD runs, the cost, the data."""
+    from paper import budget
+
+    if objective.model.config.variant != "transformer":
+        print(ssd_kernel.path(device))
+    text = sum(p.numel() for p in objective.encoder.parameters())
+    tokens = seen_before(config.steps, config)[1]
+    print(budget.describe_cost(objective.model.config, config, tokens, text))
+    print(f"{len(data.train):,} clips to train on, {len(data.valid):,} to validate; on {device}")
 
 
 def plot(log, path):
@@ -717,15 +751,13 @@ def plot(log, path):
     import matplotlib.pyplot as plt
 
     steps = [(row["step"], row["loss"]) for row in log.rows if "loss" in row]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
     x, y = np.array(steps).T
     n = min(50, len(y))
-    axes[0].plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), "0.6", lw=1, label="training")
     refining = any("right_blind" in row for row in log.rows)
-    panels = {"": "whole clips"} | (
-        {"_blind": "without the sketch"} if refining else {"_1s": "a clip's first second"}
-    )
-    for axis, (suffix, title) in zip(axes, panels.items()):
+    second = ("_blind", "without codebook 1") if refining else ("_1s", "the first second")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
+    axes[0].plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), "0.6", lw=1, label="training")
+    for axis, (suffix, title) in zip(axes, (("", "whole windows"), second)):
         for kind, color in (("right", "C0"), ("shuffled", "C1"), ("empty", "C2")):
             points = [(r["step"], r[kind + suffix]) for r in log.rows if kind + suffix in r]
             axis.plot(*zip(*points), "o-", color=color, ms=3, label=f"validation, {kind} captions")
@@ -737,6 +769,81 @@ def plot(log, path):
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+# -------------------------------------------------------------------------- the command line ----
+
+
+def parse_arguments(argv):
+    """-> the model's config, the TrainConfig, the run's folder, and whether this is a dry run"""
+    # The variant and the preset decide which other options there are, and their defaults.
+    first = new_parser(add_help=False)
+    first.add_argument("--preset", default="toy", choices=PRESETS, help="sizes and schedule [toy]")
+    first.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    first.add_argument("--init-from", default="")
+    first.add_argument("--dry-run", action="store_true", help="print what it would cost, and end")
+    kinds = ", ".join([*VARIANTS, "refiner"])
+    first.add_argument("--variant", default="simba", help=f"what to train: {kinds} [simba]")
+    known = first.parse_known_args(argv)[0]
+    refining = known.variant == "refiner"
+    kind, presets = (RefinerConfig, REFINER_PRESETS) if refining else (LMConfig, PRESETS)
+    if known.preset not in presets:
+        raise ValueError(f"a {known.variant} has no preset {known.preset!r}: {', '.join(presets)}")
+    preset = presets[known.preset] | ({} if refining else dict(variant=known.variant))
+    if known.init_from:  # large steps and short crops would undo what the model has learned
+        preset["lr"] = preset.get("lr", TrainConfig.lr) / 6
+        preset["crop"] = max(preset.get("crop", TrainConfig.crop), 3.0)
+    parser = new_parser(__doc__, parents=[first], conflict_handler="resolve")
+    add_arguments(parser.add_argument_group("model"), kind, **preset)
+    add_arguments(parser.add_argument_group("training"), TrainConfig, **preset)
+    args = parser.parse_args(argv)
+    if args.resume:
+        return *resumed(Path(args.resume), argv), args.dry_run
+    pick = lambda kind: kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
+    model, config = pick(kind), pick(TrainConfig)
+    if refining and config.recompute:
+        raise ValueError("--recompute is for language models: a refiner is small without it")
+    if config.init_from:
+        model = shape_of(initial(config, refining), model, argv)
+    name = model.variant + ("" if refining or model.codebooks == 1 else f"-{model.codebooks}")
+    run = Path(config.out or f"out/{name}")
+    if begun(run) and not args.dry_run:
+        raise ValueError(f"{run} holds a run: use --resume {run}, or choose another --out")
+    return model, config, run, args.dry_run
+
+
+def resumed(run, argv):
+    """The configs of a run that is continued."""
+    if more := named_options(argv) - {"--resume", "--dry-run"}:
+        raise ValueError(f"--resume keeps the options of the run: leave out {min(more)}")
+    if not begun(run):
+        raise ValueError(f"{run} holds no run to resume (no last/trainer.safetensors)")
+    saved = read_config(run / "last")
+    model = read_model_config(run / "last", RefinerConfig if is_refiner(saved) else LMConfig)
+    try:
+        return model, TrainConfig(**saved["train"]), run
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'{run}/last/config.json: "train" is broken ({error})') from None
+
+
+def shape_of(folder, asked, argv):
+    """The shape of the checkpoint that a run starts from. ValueError if the command line asks for
+    another."""
+    saved = read_model_config(folder, type(asked))
+    named = named_options(argv)
+    for field in fields(saved):
+        have, want = getattr(saved, field.name), getattr(asked, field.name)
+        if flag(field.name) in named and have != want:
+            raise ValueError(
+                f"{folder} has {flag(field.name)} {have}, not {want}: leave it out, or --init-from"
+            )
+    return saved
+
+
+def named_options(argv):
+    """The options that a command line names: {"--steps", ...}; argv None: that of the process."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word.split("=")[0] for word in words if word.startswith("--")}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from audio import FRAME_RATE
 from model import VARIANTS, KVCache, LMConfig, Mamba2, MambaState, MusicLM, ssd_chunked
 from options import entry
 from paper.budget import products_per_second
-from sample import _stepper, guided, multiplies_bf16, precision, prepared, sample_tokens
+from sample import _stepper, guided, multiplies_bf16, precision, prepare, sample_tokens
 
 CUDA_SHAPES = {  # (B, L, H, P, N)
     "paper, 30 s": (4, 2600, 32, 64, 512),
@@ -379,7 +379,7 @@ def paper_size(variant, device):
     torch.manual_seed(0)
     with torch.device(device):
         lm = MusicLM(LMConfig(variant=variant)).eval()
-    return prepared(lm, device)
+    return prepare(lm, device)
 
 
 def open_ours(variant, batch, room, device):

@@ -21,10 +21,10 @@ import ssd_kernel
 from diffusion import Refiner, RefinerConfig
 from model import MusicLM
 from sample import multiplies_bf16
+from text import TYPICAL_LENGTH
 
 PAPER_FLOPS, MUSICGEN_FLOPS = 1e19, 1e20  # of the paper's runs, and MusicGen-small's (SSMTTM IV-A)
 FLAN_T5_BASE = 109_628_544  # parameters of its encoder
-TEXT = 64  # tokens of a caption, about
 RTX_3090 = 71e12  # FLOPs a second of its bf16 products, by its data sheet
 UTILISATION = 0.4  # of the rate of matrix products, as training runs of this kind reach it
 
@@ -43,7 +43,9 @@ def memory(config, train, count, text_parameters, frames, batch) -> dict:
     one, two = (kept(replace(config, **{name: n}), frames, batch, train.compile) for n in (1, 2))
     block, rest = two - one, 2 * one - two
     blocks, recompute = getattr(config, name), min(train.recompute, getattr(config, name))
-    entered = 4 * batch * (frames + TEXT) * config.d_model  # what a recomputed block keeps
+    entered = (
+        4 * batch * (frames + TYPICAL_LENGTH) * config.d_model
+    )  # what a recomputed block keeps
     ema = 4 * count if train.ema else 0
     text = (16 if train.train_text_encoder else 2) * text_parameters
     return {
@@ -71,8 +73,8 @@ def kept(config, frames, batch, compiled) -> int:
             inputs = x, t, coarse, text, sketched
         else:
             codes = torch.zeros(batch, config.codebooks, frames, dtype=torch.long)
-            text = torch.zeros(batch, TEXT, config.d_text)
-            inputs = codes, text, torch.ones(batch, TEXT, dtype=torch.bool)
+            text = torch.zeros(batch, TYPICAL_LENGTH, config.d_text)
+            inputs = codes, text, torch.ones(batch, TYPICAL_LENGTH, dtype=torch.bool)
         run = kept_compiled if compiled else kept_eager
         output, size = run(model, inputs)
         # The loss: logits in fp32, their softmax, and both once more on the way back.
@@ -125,49 +127,45 @@ def products_per_second(device, seconds=0.5) -> float:
     dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
     a = torch.randn(size, size, device=device, dtype=dtype)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    a @ a, wait()
-    count, begun = 0, time.perf_counter()
+    F.linear(a, a)  # the first call is slow
+    wait()
+    count = 0
+    begun = time.perf_counter()
     while time.perf_counter() - begun < seconds:
-        F.linear(a, a), wait()
+        F.linear(a, a)
+        wait()
         count += 1
     return 2 * size**3 * count / (time.perf_counter() - begun)
 
 
-def describe_cost(config, train, count, tokens, text_parameters) -> str:
-    """The first lines of every run."""
-    flops = 6 * count * tokens
-    trained = "trained along" if train.train_text_encoder else "frozen"
-    return (
-        f"{config.variant}, {config.blocks} blocks, {config.codebooks} codebook(s): "
-        f"{count / 1e6:.2f} M parameters (text encoder {text_parameters / 1e6:.2f} M, {trained})\n"
-        f"{train.steps:,} steps, {tokens:.2e} tokens, 6 x parameters x tokens = {flops:.1e} FLOPs "
-        f"(the paper's runs {PAPER_FLOPS:.0e}, MusicGen-small {MUSICGEN_FLOPS:.0e})"
-    )
-
-
-def describe_memory(parts, device) -> str:
-    """One line, and what to do if the device has less."""
+def report(config, train, tokens, frames, batch, text_parameters, device) -> str:
+    """The dry run: cost, memory on a GPU and hours. tokens: of the whole run; clips of `frames`
+    frames, `batch` of them in a micro-batch, are the largest that it meets."""
+    count = parameters(config)
+    parts = memory(config, train, count, text_parameters, frames, batch)
     total = sum(parts.values())
     line = f"memory on a GPU: {total / 1e9:.1f} GB"
     line += f" ({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())})"
-    if device.type == "cuda":
-        has = torch.cuda.get_device_properties(device).total_memory
-        line += f" of {has / 1e9:.1f}"
-        if total > 0.92 * has:
-            line += (
-                "; it will not fit: --recompute BLOCKS trades time for memory, --batch with more "
-                "--accumulate changes nothing but memory, --fsdp shares weights among cards"
-            )
-    return line
-
-
-def describe_hours(count, tokens, device) -> str:
+    line += "; --recompute BLOCKS trades time for memory, a smaller --batch with more --accumulate"
+    line += " needs less, --fsdp shares weights among cards"
     rate = products_per_second(device)
-    seconds = [6 * count * tokens / (UTILISATION * r) for r in (rate, RTX_3090)]
-    here, there = (
-        f"{s / 60:.1f} minutes" if s < 3600 else f"{s / 3600:,.0f} hours" for s in seconds
-    )
+    hours = [6 * count * tokens / (UTILISATION * r) / 3600 for r in (rate, RTX_3090)]
+    here, there = (f"{60 * h:.1f} minutes" if h < 1 else f"{h:,.0f} hours" for h in hours)
     return (
+        f"{describe_cost(config, train, tokens, text_parameters)}\n{line}\n"
         f"about {here} on one such {device.type}, at {UTILISATION:.0%} of the {rate / 1e12:.2f} "
-        f"TFLOP/s that its matrix products reach; {there} on an RTX 3090 ({RTX_3090 / 1e12:.0f})"
+        f"TFLOP/s of its matrix products; {there} on an RTX 3090 ({RTX_3090 / 1e12:.0f} TFLOP/s)"
+    )
+
+
+def describe_cost(config, train, tokens, text_parameters) -> str:
+    """The first lines of every run: parameters, tokens and FLOPs (SSMTTM, [4] there)."""
+    count = parameters(config)
+    trained = "trained too" if train.train_text_encoder else "frozen"
+    return (
+        f"{config.variant}, {config.blocks} blocks, {config.codebooks} codebook(s): "
+        f"{count / 1e6:.2f} M parameters (text encoder {text_parameters / 1e6:.2f} M, {trained})\n"
+        f"{train.steps:,} steps, {tokens:.2e} tokens, 6 x parameters x tokens = "
+        f"{6 * count * tokens:.1e} FLOPs (the paper's runs {PAPER_FLOPS:.0e}, MusicGen-small "
+        f"{MUSICGEN_FLOPS:.0e})"
     )

@@ -337,7 +337,7 @@ def test_unreadable_audio_is_one_sentence_with_its_reason(tmp_path):
     reasons = {
         "empty": "no samples",
         "text": "not readable",
-        "nothing": "not readable",
+        "nothing": "is an empty file",
         "nan": "not numbers",
         "gone": "no such file",
     }

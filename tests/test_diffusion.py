@@ -272,9 +272,10 @@ def test_a_refiner_is_validated_on_windows():
     refiner, encoder = small("attention")
     clips, seen = Clips(corpus(), "valid", 9, "toy"), []
     refiner.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[3])))
-    describe = lambda row, rng: row["factors"]["genre"]
-    config = SimpleNamespace(valid_clips=2)
-    scores = train.validate(refiner, encoder, CODEC, clips, describe, config, torch.device("cpu"))
+    config = train.TrainConfig(valid_clips=2, seconds=64 * 512 / 44100, crop=64 * 512 / 44100)
+    objective = train.Objective(refiner, encoder, CODEC, config)
+    data = SimpleNamespace(valid=clips, describe=lambda row, rng: row["factors"]["genre"])
+    scores = train.validate(refiner, objective, data, config)
     assert [tuple(x.shape[::2]) for x, _ in seen] == [(2 * (862 // 64), 64)] * 6
     assert all(np.isfinite(score) for score in scores.values())
     text = seen[0][1]  # windows have their clip's caption
