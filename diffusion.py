@@ -357,7 +357,7 @@ def refine(
     of the window before: they are held fixed at every step and the others continue them, as in
     inpainting. In the same way all of it continues `heard` (K, T), which is not yielded.
 
-    steps: see `denoise`; guidance: see `paint`. The same codes, prompt and seed give the same codes.
+    steps: see `denoise`; guidance: see `paint`. The same arguments give the same codes.
     """
     window = refiner.config.window
     known = int(KNOWN * window)
