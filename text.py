@@ -59,7 +59,7 @@ class TextEncoder(nn.Module):
         except Exception as error:  # the hub's client raises many kinds; all mean the same here
             raise ValueError(
                 f"the text encoder {name} could not be loaded ({type(error).__name__}): it is "
-                f"downloaded once from https://huggingface.co/{name}; a folder with its files works too"
+                f"downloaded once from https://huggingface.co/{name}, or name a folder"
             ) from None
         return cls(tokenizer, encoder.requires_grad_(False).eval(), name, max_tokens)
 

@@ -224,7 +224,9 @@ def train(model_config, config, run, processes):
                     trainer.save(f"step-{step + 1}")
                 trainer.save("last")
     if main_rank:
-        plot(log, run / "loss.png")
+        from paper import figures
+
+        figures.loss_curve(log.rows, run / "loss.png")
     return trainer.best
 
 
@@ -264,7 +266,7 @@ class Data:
         self.start = run / "last" if begun(run) else initial(config, self.refining)
         self.resuming = begun(run)
         self.origin = read_config(self.start) if self.start else {}
-        self.folder = toy_corpus() if config.data == "toy" else Path(config.data)
+        self.folder = data_folder(config.data)
         self.train, self.valid = (
             Clips(self.folder, split, model_config.codebooks, self.origin.get("codec"))
             for split in ("train", "valid")
@@ -275,14 +277,7 @@ class Data:
         self.fingerprint = hashlib.sha1(manifest).hexdigest()
 
     def describe(self, row, rng):
-        """A caption for a row of the manifest. Toy clips have factors, from which it is drawn."""
-        if "factors" not in row:
-            return row["caption"]
-        from toy import words
-
-        # Codebook 1 tells a refiner the genre already; the words are for the lead instrument.
-        draw = words.caption_with_lead if self.refining else words.caption
-        return draw(row["factors"], rng)
+        return caption_of(row, rng, self.refining)
 
     def batch(self, config, first, count, frames):
         """Samples `first` ... of the shuffled data: codes (count, K, frames) and captions."""
@@ -291,10 +286,22 @@ class Data:
         return self.train.batch(first, count, frames, config.seed, describe, dropout, window)
 
 
-def toy_corpus():
+def data_folder(name):
+    if name != "toy":
+        return Path(name)
     from toy import corpus
 
     return corpus.folder()
+
+
+def caption_of(row, rng, refining=False):
+    """A caption for a row of a manifest. Toy clips have factors, from which it is drawn."""
+    if "factors" not in row:
+        return row["caption"]
+    from toy import words
+
+    # Codebook 1 tells a refiner the genre already; the words are for the lead instrument.
+    return (words.caption_with_lead if refining else words.caption)(row["factors"], rng)
 
 
 def build(model_config, config, data):
@@ -741,34 +748,6 @@ def introduce(objective, config, data, device):
     tokens = seen_before(config.steps, config)[1]
     print(budget.describe_cost(objective.model.config, config, tokens, text))
     print(f"{len(data.train):,} clips to train on, {len(data.valid):,} to validate; on {device}")
-
-
-def plot(log, path):
-    """The loss curve: training, and validation with right, shuffled and no captions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steps = [(row["step"], row["loss"]) for row in log.rows if "loss" in row]
-    x, y = np.array(steps).T
-    n = min(50, len(y))
-    refining = any("right_blind" in row for row in log.rows)
-    second = ("_blind", "without codebook 1") if refining else ("_1s", "the first second")
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
-    axes[0].plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), "0.6", lw=1, label="training")
-    for axis, (suffix, title) in zip(axes, (("", "whole windows"), second)):
-        for kind, color in (("right", "C0"), ("shuffled", "C1"), ("empty", "C2")):
-            points = [(r["step"], r[kind + suffix]) for r in log.rows if kind + suffix in r]
-            axis.plot(*zip(*points), "o-", color=color, ms=3, label=f"validation, {kind} captions")
-        unit = "squared error of v" if refining else "nats per token"
-        axis.set(title=title, xlabel="step", ylabel=unit)
-        axis.legend()
-    worst = max(r[kind] for r in log.rows for kind in ("right", "shuffled", "empty") if kind in r)
-    axes[0].set_ylim(top=1.1 * worst)  # the first steps' losses would flatten all the others
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # -------------------------------------------------------------------------- the command line ----

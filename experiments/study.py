@@ -113,7 +113,7 @@ class Study:
         return QUICK if self.size.name == QUICK.name else FULL
 
     def run(self):
-        own_tokens(self.out / "own-tokens", train.open_data(self.data)[0])
+        own_tokens(self.out / "own-tokens", train.data_folder(self.data))
         self.train()
         self.play()
         self.losses()

@@ -121,3 +121,27 @@ def keep(figure, path, tight=True):
         with under_another_name(path.with_name(f"{path.name}.{kind}")) as part:
             figure.savefig(part, format=kind, dpi=160)
     pyplot().close(figure)
+
+
+def loss_curve(rows, path):
+    """A run's log: training, and validation with right, shuffled and no captions."""
+    plt = pyplot()
+    steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    x, y = np.array(steps).T
+    n = min(50, len(y))
+    refining = any("right_blind" in row for row in rows)
+    second = ("_blind", "without codebook 1") if refining else ("_1s", "the first second")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
+    axes[0].plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), "0.6", lw=1, label="training")
+    for axis, (suffix, title) in zip(axes, (("", "whole windows"), second)):
+        for kind, color in (("right", "C0"), ("shuffled", "C1"), ("empty", "C2")):
+            points = [(r["step"], r[kind + suffix]) for r in rows if kind + suffix in r]
+            axis.plot(*zip(*points), "o-", color=color, ms=3, label=f"validation, {kind} captions")
+        unit = "squared error of v" if refining else "nats per token"
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.legend()
+    worst = max(r[kind] for r in rows for kind in ("right", "shuffled", "empty") if kind in r)
+    axes[0].set_ylim(top=1.1 * worst)  # the first steps' losses would flatten all the others
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

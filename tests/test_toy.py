@@ -109,7 +109,7 @@ def test_training_and_judging_need_no_midi_and_no_utf8_locale():
 import sys, torch, train
 from data import Clips
 from toy import judge
-folder, describe = train.open_data("toy")
+folder = train.data_folder("toy")
 assert len(Clips(folder, "train")) > 5000
 print(train.new_encoder("toy").tokenizer("jazz reggae").input_ids)
 judge.load_judge().listen([torch.ones(88200)])
@@ -192,8 +192,7 @@ def test_a_refiners_captions_name_the_lead():
     share = lambda draw: np.mean([names(f, draw(f, rng)) for f in clips])
     assert 0.5 < share(words.caption) < 0.8
     assert 0.9 < share(words.caption_with_lead) < 0.99
-    describe = train.open_data("toy", refining=True)[1]
-    assert share(lambda f, rng: describe(dict(factors=f), rng)) > 0.9
+    assert share(lambda f, rng: train.caption_of(dict(factors=f), rng, refining=True)) > 0.9
 
 
 def test_any_text_can_be_encoded_and_the_worlds_words_are_single_tokens():
