@@ -319,7 +319,7 @@ class Study:
         for label, folder in self.second_stages().items():
             made, seconds = refining.refine_all(folder, self.codec, true, self.captions, label)
             name, cells = refining.measure(label, self.codec, true, made, seconds)
-            size = train.size(load_refiner(folder)) / 1e6
+            size = sum(p.numel() for p in load_refiner(folder).parameters()) / 1e6
             rows.append((name, {"parameters, M": plain(size)} | cells))
         about = (
             f"{self.size.refiner_steps} steps for the new ones, {self.size.tuning_steps} for those "
@@ -551,7 +551,7 @@ def cost_of_a_minute(lm, encoder, prompt, frames):
     """-> cells: milliseconds of a step in the first ten seconds and in the last, and the bytes that
     are remembered by then."""
     times = [time.time()]
-    for _ in generate(lm, encoder, [prompt], frames, [0], block=862, lanes=1):
+    for _ in generate(lm, encoder, [prompt], frames, [0], block=862):
         times.append(time.time())
     first, last = (1000 * (b - a) / 862 for a, b in (times[:2], times[-2:]))
     with torch.inference_mode():
@@ -586,7 +586,7 @@ def one_run(argv):
     if not argv:
         raise ValueError("the study is `python evaluate.py study`; this makes one of its runs")
     model_config, config, run, _ = train.parse_arguments(argv)
-    train.train(model_config, config, run, *train.join_processes(config))
+    train.train(model_config, config, run, train.join_processes(config.device))
 
 
 if __name__ == "__main__":
