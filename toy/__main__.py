@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tqdm import tqdm
 
+import checkpoint
 from audio import write_audio
-from checkpoint import load_checkpoint, load_text_encoder, read_config, save_checkpoint
 from diffusion import is_refiner, load_refiner
 from options import add_arguments, check_value, entry, new_parser, option
+from sample import Sampling
 from text import TextEncoder
 from toy import corpus
 from toy.codec import ToyCodec
@@ -157,9 +157,9 @@ def train_text_encoder(steps: int = 1000, batch: int = 64, lr: float = 3e-3):
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    weights = {k: v.half() for k, v in encoder.encoder.state_dict().items()}
+    weights = encoder.encoder.state_dict()
     weights.pop("encoder.embed_tokens.weight", None)  # another name of shared.weight
-    save_file(weights, corpus.TEXT)
+    checkpoint.write_tensors(corpus.TEXT, weights, dtype=torch.half)
 
 
 @dataclass
@@ -176,18 +176,14 @@ def judge(args):
 
 
 @dataclass
-class ShipOptions:
-    guidance: float = option(None, "of the text", "[0, 100]")
-    temperature: float = option(None, "of a language model", "[0.01, 100]")
-    top_k: int = option(None, "of a language model", "[1, inf)")
-    top_p: float = option(None, "of a language model", "(0, 1]")
-    steps: int = option(None, "of a refiner", "[1, inf)")
-    sketch_guidance: float = option(None, "of a refiner", "[0, 100]")
+class ShipOptions(Sampling):
+    steps: int = option(25, "steps of a refiner", "[1, inf)")
+    sketch_guidance: float = option(2.0, "how strictly to follow codebook 1", "[0, 100]")
 
 
 def ship(args):
     """Installs a checkpoint as the default model, in half precision, with its sampling options."""
-    config = read_config(args.checkpoint)
+    config = checkpoint.read_config(args.checkpoint)
     missing = {"train", "step", "best", "codec"} - set(config)
     if missing:
         raise ValueError(f"{args.checkpoint} was not made by train.py: it has no {min(missing)!r}")
@@ -195,8 +191,8 @@ def ship(args):
         model, out = load_refiner(args.checkpoint), HERE / "refiner"
         options = ("steps", "guidance", "sketch_guidance")
     else:
-        model, out = load_checkpoint(args.checkpoint), HERE / "lm"
-        options = ("guidance", "temperature", "top_k", "top_p")
+        model, out = checkpoint.load_checkpoint(args.checkpoint), HERE / "lm"
+        options = [item.name for item in fields(Sampling)]
     sampling = {name: getattr(args, name) for name in options}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     # Folders and devices mean nothing on another machine.
@@ -204,10 +200,10 @@ def ship(args):
     extra = {key: config[key] for key in ("step", "best", "codec")}
     extra["train"] = {key: value for key, value in config["train"].items() if known(value)}
     extra["sampling"] = (config.get("sampling") or {}) | sampling
-    encoder = load_text_encoder(args.checkpoint)
+    encoder = checkpoint.load_text_encoder(args.checkpoint)
     if Path(encoder.name).is_dir():
         raise ValueError(f"its text encoder is a folder that only you have, {encoder.name}")
-    save_checkpoint(out, model, encoder, extra, dtype=torch.float16)
+    checkpoint.save_checkpoint(out, model, encoder, extra, dtype=torch.float16)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {size / 1e6:.1f} MB")
 
@@ -220,10 +216,11 @@ def main():
         (listen, ListenOptions), (build, BuildOptions), (judge, JudgeOptions), (ship, ShipOptions),
     ):  # fmt: skip
         command = commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
-        if run is ship:
-            command.add_argument("checkpoint", help="its folder, such as out/simba/best")
         add_arguments(command, options)
         command.set_defaults(run=run, options=options)
+        if run is ship:
+            command.add_argument("checkpoint", help="its folder, such as out/simba/best")
+            command.set_defaults(**{item.name: None for item in fields(options)})  # if not given
     args = parser.parse_args()
     for item in fields(args.options):
         check_value(item.name, getattr(args, item.name), item.metadata["valid"])

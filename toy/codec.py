@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 import audio as sound
 from audio import HOP, N_FFT
-from checkpoint import load_weights
+from checkpoint import load_weights, write_tensors
 
 
 def nearest_entry(vectors, entries):  # (n, 8), (1024, 8) -> (n,)
@@ -236,8 +235,7 @@ class ToyCodec(nn.Module):
         sizes = dict(codebooks=self.codebooks, codebook_size=self.codebook_size)
         config = dict(name=self.name, **sizes, bands=len(self.mean))
         sound.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-        with sound.under_another_name(folder / "model.safetensors") as part:
-            save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, part)
+        write_tensors(folder / "model.safetensors", self.state_dict(), dtype=torch.half)
 
     @classmethod
     def load(cls, folder):

@@ -20,12 +20,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from audio import FRAME_RATE, SAMPLE_RATE, band_power, filterbank, under_another_name
-from checkpoint import load_weights, read_tensors
+from audio import FRAME_RATE, SAMPLE_RATE, band_power, filterbank
+from checkpoint import load_weights, read_tensors, write_tensors
 from codec import load_codec
 from text import TextEncoder
 from toy import corpus
@@ -268,22 +267,16 @@ def build(clips, workers):
     judge = train(sounds, [sample_clip(i, split_seed=2)[0] for i in range(clips)])
     tensors = judge.state_dict()
     tensors.pop("reader.encoder.encoder.embed_tokens.weight", None)  # shared.weight's other name
-    save_half(tensors, FILE)
+    write_tensors(FILE, tensors, dtype=torch.half)
 
     held_out = range(0, 6144, corpus.VALID)  # as many clips as the corpus that ships has
     parts = [held_out[i : i + 64] for i in range(0, len(held_out), 64)]
     played = (torch.from_numpy(clip) for part in parts for clip in corpus.play_clips(part))
     heard = judge.listen(tqdm(played, "held-out clips", len(held_out)))
-    save_half({"frames": torch.stack(heard.frames)} | heard.logits, REAL)
+    write_tensors(REAL, {"frames": torch.stack(heard.frames)} | heard.logits, dtype=torch.half)
     verdicts = right(heard.logits, [sample_clip(i)[0] for i in held_out])
     for factor, values in verdicts.items():
         print(f"{factor:8} {values.mean():6.1%} of {len(values)} held-out clips")
-
-
-def save_half(tensors, path):
-    tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-    with under_another_name(path) as part:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
 
 
 def play_and_hear(indices) -> Sound:
