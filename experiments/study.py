@@ -1,77 +1,51 @@
-"""The paper's questions, and a few it left open, asked in the toy world by anyone with an evening.
+"""The paper's questions, asked in the toy world by anyone with an evening.
 
-    python evaluate.py study             three seeds; an evening on two cores
-    python evaluate.py study --seeds 1   the first of them; more may follow
-    python evaluate.py study --quick     one seed, an eighth of the steps: half an hour
+    python -m experiments.study              three seeds: an evening on two cores
+    python -m experiments.study --seeds 1    the first of them; more can follow
+    python -m experiments.study --quick      one seed, an eighth of the steps: half an hour
 
-RQ1     mamba, simba, cross-simba, transformer: the loss against tokens, FLOPs and time, and how
-        much of the Transformer's budget the others need to reach its last loss
-RQ2     two stages (simba and transformer, refined) against one (simba with nine codebooks)
-RQ3     four, two and one blocks, for the paper's 24, 12 and 6
-and     EinFFT for the feed-forward layer; the text encoder frozen or trained; codebooks 1 ... 9;
-        SSD or attention in the refiner; a refiner tuned to a language model's own tokens; how far
-        past its training length each language model stays musical
+  RQ1   Which language model learns fastest: by tokens, by FLOPs, by time?
+  RQ2   Two stages, or one language model of all nine codebooks?
+  RQ3   How small can a model be? Four, two and one blocks, for the paper's 24, 12 and 6
+  more  EinFFT instead of the feed-forward layer; a frozen text encoder; SSD or attention in the
+        refiner; music past the ten seconds of training; 1 ... 9 codebooks
 
-All runs get the same steps of the same clips. They are `train.py`'s toy preset, but count no beats,
-as the paper's models do not; one thread each, as many at once as there are cores, in out/study.
-What is there already is not made again, so the same command goes on after Ctrl-C, a crash, or a
-night. Tables (CSV) and figures land in results/study, and its README.md has them all on one page.
-Brackets are the least and the greatest of the seeds where there is a loss in front of them, and
-elsewhere bootstrap 95% intervals over clips.
+All language models get the same steps of the same clips. They are train.py's toy preset without its
+metronome, which the paper's models do not have. Runs are folders in out/study, with one thread each
+and as many at once as there are cores. A stopped study continues with the same command. Tables and
+figures are written to results/study, and all of them to its README.md.
+
+Brackets after a loss are the least and the greatest of the seeds; others are 95% intervals.
 """
 
-import functools
 import json
-import multiprocessing
 import os
-import platform
-import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import evaluate
-import train
-from audio import SAMPLE_RATE, write_text
+from audio import SAMPLE_RATE, read_audio, write_text
 from checkpoint import load_checkpoint, load_text_encoder, read_config
 from codec import load_codec
-from data import Clips, Writer
-from diffusion import load_refiner
-from evaluate import following, quality
-from experiments import refining
-from paper import budget, figures
-from sample import ROOT, SHIPPED, SHIPPED_REFINER, generate, sample_tokens
-from toy import band, composer, corpus, songbook, words
-
-
-@dataclass
-class Size:
-    name: str
-    steps: int  # of a language model; the preset's schedule is stretched over them
-    refiner_steps: int  # of a new refiner
-    tuning_steps: int  # of one that is tuned
-    seeds: int
-    count: int  # prompts that every system answers, held-out clips that are refined
-    minute: int  # pieces of a minute
-    valid_clips: int
-
-
-FULL = Size("study", 1250, 1500, 500, seeds=3, count=32, minute=8, valid_clips=64)
-QUICK = Size("study-quick", 160, 160, 60, seeds=1, count=8, minute=2, valid_clips=16)
+from data import Clips
+from diffusion import load_refiner, refine
+from evaluate import Cell, mean
+from options import check_value, entry, new_parser
+from sample import ROOT, SHIPPED, SHIPPED_REFINER
+from toy import questions
+from toy.judge import load_judge
 
 VARIANTS = ("mamba", "simba", "cross-simba", "transformer")
 NINE = "simba, 9 codebooks"
-NEW = "simba, new refiner"  # of the study's own, with few steps
-STAGES = ("simba", NEW, "transformer", NINE)  # Table II's
 LMS = {variant: f"--variant {variant}" for variant in VARIANTS} | {
     NINE: "--codebooks 9",
     "simba, 2 blocks": "--blocks 2",
@@ -83,511 +57,292 @@ REFINERS = {
     "refiner, SSD": "--variant refiner",
     "refiner, attention": "--variant refiner --backbone attention --layers 8",  # as many parameters
 }
-OWN = "refiner, tuned to own tokens"
-TUNED = {
-    "refiner, tuned to real tokens": "--variant refiner --init-from toy",
-    OWN: "--variant refiner --init-from toy",
-}
-EARLY = 0.4  # the share of the steps after which Table I's models are heard a first time
-
-
-def study(quick=False, data="toy", seeds=None):
-    size = QUICK if quick else FULL
-    Study(replace(size, seeds=seeds or size.seeds), data).run()
 
 
 class Study:
-    def __init__(self, size, data):
-        self.size, self.data, self.out = size, data, Path("out") / size.name
-        self.results, self.sections, self.started = Path("results") / size.name, [], time.time()
-        self.results.mkdir(parents=True, exist_ok=True)
-        self.codec, self.judge = load_codec("toy"), evaluate.load_judge()
-        self.task = evaluate.toy_task(self.judge, size.count, self.codec)
+    def __init__(self, quick=False, data="toy", seeds=None):
+        part = 8 if quick else 1
+        self.name = "study-quick" if quick else "study"
+        self.out = Path("out") / (self.name if data == "toy" else f"{self.name}-{Path(data).name}")
+        self.results = evaluate.RESULTS / self.name
+        self.data = data
+        self.seeds = seeds or (1 if quick else 3)
+        self.every = 125 // part  # steps between validations
+        self.steps = 10 * self.every
+        self.early = 4 * self.every  # a checkpoint to compare, as in the paper's Table I
+        self.refiner_steps = 1500 // part
+        self.valid_clips = 64 // part
+        self.pieces = 8 // part  # of a minute
+        self.sections = []  # of the report
+        if data != "toy" and "factors" not in Clips(data, "valid").rows[0]:
+            raise ValueError(f"{data} was not made by `python -m toy build`, which the study needs")
+        self.codec, self.judge = load_codec("toy"), load_judge()
+        asked = questions.ask(self.codec, 32 // part, ["sentence"])
+        asked |= dict(repeated=None, training=None)
+        self.task = evaluate.Task(seconds=10.0, codec=self.codec, **asked)
         self.captions = self.task.prompts["sentence"]
-        # One set of prompts; no four samples of each, which diversity would want, and no copying.
-        self.task = varied(self.task, prompts=dict(sentence=self.captions), alike=None, tokens=None)
-
-    @property
-    def usual(self):
-        """The size that this one is, but perhaps for its seeds."""
-        return QUICK if self.size.name == QUICK.name else FULL
 
     def run(self):
-        own_tokens(self.out / "own-tokens", train.data_folder(self.data))
-        self.train()
-        self.play()
+        train_all(self.jobs())
         self.losses()
         self.race()
-        self.heard()
-        self.longer()
+        self.hear_all()
         self.refiners()
-        self.minutes()
-        self.codebooks()
+        self.minute()
         self.write()
 
-    # -------------------------------------------------------------------------- the trainings -----
+    # --------------------------------------------------------------------------- the runs ----
 
     def folder(self, label, seed=0):
         return self.out / f"{label.replace(', ', '-').replace(' ', '-')}-{seed}"
 
     def best(self, label):
-        """The checkpoint that is heard."""
+        """The checkpoint that is heard: of seed 0"""
         return self.folder(label) / "best"
 
-    def seeds(self, label):
-        """Those of a language model. One with nine codebooks is slow, and its loss is compared to
-        no other's: it is heard, and one run is enough for that."""
-        return range(1 if label == NINE else self.size.seeds)
-
-    def train(self):
-        """Every run to its end; a seed of all of them before the next."""
-        size = self.size
-        every, early = size.steps // 10, round(EARLY * size.steps)
+    def jobs(self):
+        """{folder: options of train.py}, one seed of all runs before the next. Nine codebooks have
+        one seed: they are slow, and their loss compares with no other."""
         jobs = {}
-        for seed in range(size.seeds):
+        for seed in range(self.seeds):
             for label, options in LMS.items():
-                if seed not in self.seeds(label):
-                    continue
-                more = f"--clock music --steps {size.steps} --seed {seed} --data {self.data}"
-                more += f" --valid-every {every} --keep-every {early}"
-                more += f" --valid-clips {size.valid_clips}"
-                jobs[self.folder(label, seed)] = f"{options} {more}".split()
-        for label, options in (REFINERS | TUNED).items():
-            steps = size.refiner_steps if label in REFINERS else size.tuning_steps
-            data = self.out / "own-tokens" if label == OWN else self.data
-            more = f"--steps {steps} --valid-every {steps // 5} --valid-clips {size.valid_clips}"
-            jobs[self.folder(label)] = f"{options} {more} --data {data}".split()
-        in_parallel([["--out", str(out), *options] for out, options in jobs.items()])
+                if seed == 0 or label != NINE:
+                    options += f" --clock music --seed {seed} --keep-every {self.early}"
+                    options += f" --steps {self.steps} --valid-every {self.every}"
+                    jobs[self.folder(label, seed)] = options
+        for label, options in REFINERS.items():
+            options += f" --steps {self.refiner_steps} --valid-every {self.refiner_steps // 5}"
+            jobs[self.folder(label)] = options
+        more = ["--data", str(self.data), "--valid-clips", str(self.valid_clips)]
+        return {folder: options.split() + more for folder, options in jobs.items()}
 
-    def runs(self, label):
-        """[(rows of steps, rows of validations)] of the label's seeds, one pair a run"""
+    def logs(self, label):
+        """What each seed's run logged of its steps and of its validations: [(rows, rows)]"""
         found = []
-        for seed in self.seeds(label):
-            with open(self.folder(label, seed) / "log.jsonl") as lines:
-                rows = [json.loads(line) for line in lines]
+        for seed in range(1 if label in (NINE, *REFINERS) else self.seeds):
+            lines = (self.folder(label, seed) / "log.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
             found.append(([r for r in rows if "loss" in r], [r for r in rows if "right" in r]))
         return found
 
-    @functools.cached_property
-    def budgets(self):
-        """{label: (parameters of its runs; {axis: what was spent by each validation}; the losses
-        there (seeds, validations))}"""
-        return {label: self.spent(label) for label in LMS}
-
-    def spent(self, label):
-        model, training, *_ = train.parse_arguments(["--resume", str(self.folder(label))])
-        runs = self.runs(label)
-        at = [row["step"] for row in runs[0][1]]
-        tokens = np.array([train.seen_before(step, training)[1] for step in at], float)
-        seconds = [np.cumsum([row["seconds"] for row in steps]) for steps, _ in runs]
-        count = budget.parameters(model)
+    def curve(self, label):
+        """What had been spent at each validation {axis: (V,)}, and the losses (seeds, V)."""
+        logs = self.logs(label)
+        at = np.array([row["step"] for row in logs[0][1]]) - 1
+        total = lambda steps, key: np.cumsum([row[key] for row in steps], dtype=float)[at]
+        tokens = total(logs[0][0], "tokens")
         spent = {
-            "steps": np.array(at, float),
             "tokens": tokens,
-            "FLOPs": 6 * count * tokens,
-            "seconds of one core": np.mean([s[np.array(at) - 1] for s in seconds], 0),
+            "FLOPs": 6 * size(load_checkpoint(self.best(label))) * tokens,
+            "minutes of one core": np.mean([total(steps, "seconds") for steps, _ in logs], 0) / 60,
         }
-        return count, spent, np.array([[row["right"] for row in valid] for _, valid in runs])
+        return spent, np.array([[row["right"] for row in valid] for _, valid in logs])
 
-    # ------------------------------------------------------------------------------ RQ1, RQ3 ------
+    # ------------------------------------------------------------------------- RQ1 and RQ3 ----
 
     def losses(self):
-        rows = []
+        table = {}
+        figure = Figure(figsize=(15, 4.2), layout="constrained")
+        axes = figure.subplots(1, 3, sharey=True)
         for label in LMS:
-            count, spent, losses = self.budgets[label]
-            last = [valid[-1] for _, valid in self.runs(label)]
-            rows.append((label, {
-                "parameters, M": plain(count / 1e6),
-                "minutes": plain(spent["seconds of one core"][-1] / 60),
+            spent, losses = self.curve(label)
+            last = [valid[-1] for _, valid in self.logs(label)]
+            table[label] = {
+                "parameters, M": Cell(size(load_checkpoint(self.best(label))) / 1e6),
+                "minutes": Cell(spent["minutes of one core"][-1]),
                 "loss, whole clips": over_seeds(losses[:, -1]),
                 "loss, first second": over_seeds([row["right_1s"] for row in last]),
                 "... with another's caption": over_seeds([row["shuffled_1s"] for row in last]),
-            }))  # fmt: skip
-        self.table(
-            "losses", "The language models", rows,
-            f"Nats per token over held-out clips, after {self.size.steps} steps; "
-            f"{self.size.seeds} seed(s), with nine codebooks one; minutes of one core. With nine "
-            "codebooks the loss is the mean over all nine, and not to be compared.",
-        )  # fmt: skip
-        axes = ["tokens", "FLOPs", "seconds of one core"]
-        plt = figures.pyplot()
-        figure, panels = plt.subplots(1, 3, figsize=(15, 4.2), sharey=True)
-        for axis, panel in zip(axes, panels):
-            for i, label in enumerate(VARIANTS):
-                _, spent, losses = self.budgets[label]
-                style = dict(color=figures.COLOURS[i], marker=figures.MARKERS[i], markersize=4)
-                panel.plot(spent[axis], losses.mean(0), label=label, **style)
-                low, high = losses.min(0), losses.max(0)
-                panel.fill_between(spent[axis], low, high, color=figures.COLOURS[i], alpha=0.15)
-            panel.set(xlabel=axis)
-            panel.grid(alpha=0.25)
-        panels[0].set(ylabel="validation loss, nats per token")
-        panels[0].legend(frameon=False)
-        self.figure(figure, "losses", "Validation loss against what training has cost")
+            }
+            for axis, (name, x) in zip(axes, spent.items() if label in VARIANTS else ()):
+                axis.plot(x, losses.mean(0), "o-", label=label)
+                axis.fill_between(x, losses.min(0), losses.max(0), alpha=0.15)
+                axis.set(xlabel=name)
+        axes[0].set(ylabel="validation loss, nats per token")
+        axes[0].legend()
+        self.results.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.results / "losses.png", dpi=80)
+        self.sections.append("![Validation loss against the cost of training](losses.png)\n")
+        self.table("losses", "The language models", table, (
+            f"Nats per token of held-out clips, after {self.steps} steps; minutes of one core. With"
+            " nine codebooks the loss is the mean over all nine, and compares with no other."
+        ))  # fmt: skip
 
     def race(self):
-        """How much of the Transformer's budget does each need to reach its last loss?"""
-        _, theirs, losses = self.budgets["transformer"]
-        goal, rows = losses[:, -1].mean(), []
+        """What share of the Transformer's budget do the others need to reach its last loss?"""
+        theirs, losses = self.curve("transformer")
+        goal, table = losses[:, -1].mean(), {}
         for label in VARIANTS[:-1]:
-            _, spent, mine = self.budgets[label]
-            cells = {}
-            for axis in theirs:
-                shares = [reached(spent[axis], run, goal) / theirs[axis][-1] for run in mine]
-                cells[axis] = over_seeds(shares)
-            rows.append((label, cells))
-        self.table(
-            "race", "Time to beat the Transformer", rows,
-            f"The share of the Transformer's budget after which its last loss, {goal:.3f}, is "
-            "reached (between two validations: by a straight line); inf: it was not.",
-        )  # fmt: skip
+            spent, mine = self.curve(label)
+            table[label] = {
+                axis: over_seeds([reached(spent[axis], run, goal) / end[-1] for run in mine])
+                for axis, end in theirs.items()
+            }
+        self.table("race", "Time to beat the Transformer", table, (
+            f"The share of the Transformer's budget after which its last loss, {goal:.3f}, is"
+            " reached, interpolated between validations; inf: never."
+        ))  # fmt: skip
 
-    # ------------------------------------------------------------------------------- the judge ----
+    # ------------------------------------------------------------------------ what is heard ----
 
-    def systems(self):
-        early = round(EARLY * self.size.steps)
-        found = {}
-        if self.usual is not QUICK:
-            for label in VARIANTS:
-                found[f"{label}, {early} steps"] = self.folder(label) / f"step-{early}"
-        found |= {label: self.best(label) for label in LMS}
-        systems = {label: system_of(folder) for label, folder in found.items()}
-        return systems | {NEW: f"{found['simba']}+{self.best('refiner, SSD')}"}
+    def hear(self, name, title, systems, about, seconds=10.0):
+        """A table of what the judge hears in {label: system}."""
+        task = replace(self.task, seconds=seconds)
+        measured = evaluate.measure(systems.values(), self.judge, task)
+        table = {row: cells for row, cells in measured.items() if row not in systems.values()}
+        table |= {label: measured[system] for label, system in systems.items()}
+        self.table(name, title, table, f"{len(self.captions)} sentences. {about}")
 
-    def hear(self, systems, seconds=10.0, **changes):
-        """{label: system} -> rows of the quality table, and of the table of factors, of the task
-        with these changes."""
-        task = varied(self.task, seconds=seconds, **changes)
-        tables = evaluate.measure([*systems.values()], self.judge, task)
-        real = len(task.real)
-        return [
-            [*rows[:real], *((label, cells) for label, (_, cells) in zip(systems, rows[real:]))]
-            for rows in tables
-        ]
-
-    def merged(self, systems, seconds=10.0):
-        """The same without the rows of real clips, both tables in one."""
-        rows, factors = self.hear(systems, seconds, real=[])
-        return [(label, cells | more) for (label, cells), (_, more) in zip(rows, factors)]
-
-    def play(self):
-        """Makes all that will be heard, in as many processes as there are cores: what so small a
-        model does in a step is not worth dividing among threads."""
-        if torch.cuda.is_available():
-            return  # one process at a time; each system is played when its turn comes
-        systems, minute = self.systems(), self.captions[: self.size.minute]
-        jobs = [(systems[label], minute, 60.0) for label in VARIANTS]  # the longest first
-        jobs += [(systems[label], self.captions, 25.0) for label in STAGES]
-        jobs += [(each, self.captions, 10.0) for each in (systems | self.refined()).values()]
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(os.cpu_count(), spawn, alone) as pool:
-            made = pool.map(evaluate.music, *zip(*jobs))
-            for _ in tqdm(made, "playing", len(jobs), unit="system", disable=None):
-                pass
-
-    def heard(self):
-        rows, factors = self.hear(self.systems())
-        about = (
-            f"{self.size.count} sentences of held-out clips, 10 s, seed 0 of each run, guidance 3, "
-            "temperature 1.2, top 250. One codebook is refined by the refiner that ships; the new "
-            f"refiner has had {self.size.refiner_steps} steps."
-        )
-        self.table("judge", "What the judge hears in them", rows, about)
-        self.table("factors", "What was asked", factors, about)
-
-    def longer(self):
-        """Table II's other half."""
-        systems = self.systems()
-        rows = self.merged({label: systems[label] for label in STAGES}, 25.0)
-        about = "The reference is of 10 s, and so was training; the judge's windows are of 10 s."
-        self.table("longer", "One stage or two, 25 s", rows, about)
-
-    # ----------------------------------------------------------------------------- the refiners ---
-
-    def second_stages(self):
-        folders = {label: self.best(label) for label in REFINERS | TUNED}
-        return folders | {"refiner that ships": SHIPPED_REFINER}
-
-    def refined(self):
-        """The systems of the language model that ships and each of them."""
-        return {f"after simba: {k}": f"{SHIPPED}+{v}" for k, v in self.second_stages().items()}
+    def hear_all(self):
+        refined = lambda folder, refiner=SHIPPED_REFINER: f"{folder}+{refiner}"
+        early = f"step-{self.early}"
+        models = {f"{v}, {early}": refined(self.folder(v) / early) for v in VARIANTS}
+        models |= {label: refined(self.best(label)) for label in LMS}
+        models[NINE] = str(self.best(NINE))
+        models["simba, new refiner"] = refined(self.best("simba"), self.best("refiner, SSD"))
+        self.hear("judge", "What the judge hears", models, (
+            "10 s, seed 0, guidance 3, temperature 1.2, top 250. The refiner is the one that ships;"
+            f" the new one had {self.refiner_steps} steps."
+        ))  # fmt: skip
+        stages = {k: models[k] for k in ("simba", "simba, new refiner", "transformer", NINE)}
+        about = "Training, the reference and the judge's windows are of 10 s."
+        self.hear("longer", "One stage or two, 25 s", stages, about, seconds=25.0)
+        stages = {label: refined(SHIPPED, self.best(label)) for label in REFINERS}
+        about = "10 s, after the language model that ships."
+        self.hear("refined", "Refiners after a language model", stages, about)
+        codebooks = {f"{k} codebooks": f"codec-{k}" for k in range(1, 10)}
+        self.hear("codebooks", "How many codebooks?", codebooks, "Real clips through the codec.")
 
     def refiners(self):
-        """From true first codebooks; and after the language model that ships."""
+        """Refiners by themselves: from the true first codebooks of held-out clips."""
         true = torch.from_numpy(self.task.codes)
-        rows = [refining.measure("codebook 1 alone", self.codec, true, true[:, :1])]
-        for label, folder in self.second_stages().items():
-            made, seconds = refining.refine_all(folder, self.codec, true, self.captions, label)
-            name, cells = refining.measure(label, self.codec, true, made, seconds)
-            size = sum(p.numel() for p in load_refiner(folder).parameters()) / 1e6
-            rows.append((name, {"parameters, M": plain(size)} | cells))
-        about = (
-            f"{self.size.refiner_steps} steps for the new ones, {self.size.tuning_steps} for those "
-            f"tuned, 25 steps of DDIM; {len(true)} held-out clips. Own tokens are those that the "
-            "language model that ships draws at each frame after the true ones."
-        )
-        self.table("refiners", "The second stage, from true first codebooks", rows, about)
-        curves = refining.loss_curves([self.best(label) for label in REFINERS])
-        self.figure(curves, "refiner-loss", "The new refiners' losses in training")
-        rows = self.merged(self.refined())
-        about = (
-            f"{self.size.count} sentences, 10 s, the language model that ships. The new refiners "
-            "play with 25 steps and guidance 2, those tuned as the one that ships."
-        )
-        self.table("refined", "The second stage, after a language model", rows, about)
+        table = {"codebook 1 alone": closeness(self.codec, true, true[:, :1])}
+        stages = {label: (self.best(label), {}) for label in REFINERS}
+        stages["ships"] = SHIPPED_REFINER, {}
+        stages["ships, 10 steps"] = SHIPPED_REFINER, dict(steps=10)
+        stages["ships, no guidance"] = SHIPPED_REFINER, dict(guidance=1.0, sketch_guidance=1.0)
+        for label, (folder, options) in stages.items():
+            refiner, encoder = load_refiner(folder), load_text_encoder(folder)
+            made, started = [], time.time()
+            for i, caption in enumerate(tqdm(self.captions, label, disable=None, leave=False)):
+                pieces = refine(refiner, encoder, self.codec, caption, [true[i, :1]], i, **options)
+                made.append(torch.cat([*pieces], 1))
+            seconds = (time.time() - started) / len(made)
+            cells = {"parameters, M": Cell(size(refiner) / 1e6), "seconds a clip": Cell(seconds)}
+            if label in REFINERS:
+                losses = [row["loss"] for row in self.logs(label)[0][0]]
+                cells["error in training"] = Cell(np.mean(losses[-50:]))
+            table[label] = closeness(self.codec, true, torch.stack(made)) | cells
+        self.table("refiners", "Refiners from true first codebooks", table, (
+            f"{len(true)} held-out clips; 25 steps of DDIM, guidance 2; the new ones were trained"
+            f" for {self.refiner_steps} steps. FD: of the codec's log-band frames from those of"
+            " nine true codebooks. Flux: change from frame to frame, over that of the true"
+            " codebooks; below 1 the music is smeared."
+        ))  # fmt: skip
 
-    # ------------------------------------------------------------------------ beyond ten seconds --
-
-    def minutes(self):
-        """A minute of music by models that have seen ten seconds."""
-        count, judge, frames, window = self.size.minute, self.judge, 6 * 862, 862
-        captions = self.captions[:count]
-        task = varied(self.task, factors=self.task.factors[:count], tags=self.task.tags[:count])
-        real = self.real_minutes(count, frames)
-        losses, follows, costs = [], [], []
+    def minute(self):
+        """Pieces of a minute by models that were trained on ten seconds."""
+        n, table = self.pieces, {}
+        task = replace(self.task, factors=self.task.factors[:n], real=self.task.real.of(range(n)))
         for label in VARIANTS:
-            folder = self.best(label)
-            lm, encoder = load_checkpoint(folder), load_text_encoder(folder)
-            if real is not None:
-                found = []  # (clips, frames) nats
-                for codes, caption in zip(real, captions):
-                    with torch.inference_mode():
-                        logits = lm(codes[None], *encoder([caption]))[0, 0]
-                    found.append(F.cross_entropy(logits, codes[0], reduction="none").numpy())
-                parts = np.array(found).reshape(count, -1, window).mean(2)  # (clips, windows)
-                cells = {
-                    f"{10 * i}-{10 * i + 10} s": (part.mean(), evaluate.interval(part))
-                    for i, part in enumerate(parts.T)
-                }
-                losses.append((label, cells))
-            files, _ = evaluate.music(system_of(folder), captions, 60.0, f"{label}, 60 s")
-            audio = np.stack([evaluate.read_audio(f)[0][: 60 * SAMPLE_RATE].numpy() for f in files])
-            for i in (0, 2, 5):
-                part = torch.from_numpy(audio[:, 10 * i * SAMPLE_RATE :][:, : 10 * SAMPLE_RATE])
-                heard = judge.listen(part)
-                cells = dict(CLAP_toy=quality(judge, task, heard, captions)["CLAP_toy"])
-                told = following(task, heard, captions)
-                cells |= {k: told[k] for k in ("genre", "lead", "mood") if k in told}
-                follows.append((f"{label}, {10 * i}-{10 * i + 10} s", cells))
-            costs.append((label, cost_of_a_minute(lm, encoder, captions[0], frames)))
-        if losses:
-            about = f"Nats per token on {count} real clips of a minute; training clips end at 10 s."
-            self.table("minute-loss", "The loss past the training length", losses, about)
-        about = f"{count} prompts; the judge hears ten seconds of each minute."
-        self.table("minute-judge", "Music past the training length", follows, about)
-        about = "Language model alone, one piece, guidance 3 (two rows), one minute, all cores."
-        self.table("minute-cost", "What a minute takes", costs, about)
+            system = f"{self.best(label)}+{SHIPPED_REFINER}"
+            files, _ = evaluate.music(system, self.captions[:n], 60.0)
+            audio = [read_audio(file)[0] for file in files]
+            for second in (0, 20, 50):
+                part = slice(second * SAMPLE_RATE, (second + 10) * SAMPLE_RATE)
+                heard = self.judge.listen([clip[part] for clip in audio])
+                cells = evaluate.judged(self.judge, task, heard, self.captions[:n])
+                table[f"{label}, {second}-{second + 10} s"] = cells
+        about = f"{n} prompts; ten seconds of each minute."
+        self.table("minute", "Music past the training length", table, about)
 
-    def real_minutes(self, count, frames):
-        """The held-out clips' pieces, played for a minute: first codebooks (clips, 1, frames).
-        None where there is no FluidSynth to play them."""
-        midis = [
-            composer.compose(*songbook.sample_clip(corpus.VALID * i), 60.2) for i in range(count)
-        ]
-        try:
-            audio = band.render_many(midis, 60.2)
-        except ValueError as missing:
-            print(f"left out, the loss past the training length: {missing}")
-            return None
-        codes = [self.codec.encode(torch.from_numpy(a)[None])[0, :1] for a in audio]
-        return torch.stack([c[:, :frames] for c in codes])
-
-    def codebooks(self):
-        """The forerunner's Figure 1."""
-        rows = evaluate.by_codebooks(self.judge, self.task, self.codec)
-        about = f"{self.size.count} held-out clips through the codec."
-        self.table("kappa", "How many codebooks?", rows, about)
-
-    # ----------------------------------------------------------------------------- what it wrote --
-
-    def table(self, name, title, rows, about):
-        text = f"## {title}\n\n{evaluate.markdown(rows)}\n\n{about}\n"
-        print("\n" + text)
-        self.sections.append(text)
-        head = f"# {title}; {provenance()}\n"
-        write_text(self.results / f"{name}.csv", head + evaluate.sheet(rows))
-
-    def figure(self, figure, name, title):
-        figures.keep(figure, self.results / name)
-        self.sections.append(f"![{title}]({name}.png)\n")
+    def table(self, name, title, table, about):
+        self.sections.append(evaluate.report(f"{self.name}/{name}", f"## {title}", table, about))
 
     def write(self):
-        spent = sum(
-            self.budgets[label][1]["seconds of one core"][-1] * len(self.seeds(label))
-            for label in LMS
-        )
-        command = "python evaluate.py study" + " --quick" * (self.usual is QUICK)
-        command += f" --data {self.data}" * (self.data != "toy")
-        command += f" --seeds {self.size.seeds}" * (self.size.seeds != self.usual.seeds)
-        head = (
-            f"# The study\n\n`{command}`, on {provenance()}. Training of the language models took "
-            f"{spent / 3600:.1f} hours of one core; this run of the command "
-            f"{(time.time() - self.started) / 60:.0f} minutes.\n"
-        )
+        """All tables on one page, with the command, the machine and the commit."""
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        head = f"# The study\n\n`python {' '.join(sys.orig_argv[1:])}`, {device}, "
+        head += f"{os.cpu_count()} cores, torch {torch.__version__}, commit {commit}\n"
         write_text(self.results / "README.md", "\n".join([head, *self.sections]))
         print(f"{self.results}/README.md")
 
 
-# ------------------------------------------------------------------------------------ its parts ---
+def train_all(jobs):
+    """Trains {folder: options} with one thread each, as many at once as there are cores. Finished
+    runs are left alone, stopped ones are resumed. Their output is in FOLDER/train.log."""
+    child = [sys.executable, "-c", "from experiments.study import train_one; train_one()"]
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+
+    def train(folder, options):
+        argv = ["--out", str(folder), *options]
+        if (folder / "last" / "config.json").exists():
+            if read_config(folder / "last")["step"] == int(options[options.index("--steps") + 1]):
+                return
+            argv = ["--resume", str(folder)]
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "train.log", "a") as log:
+            if subprocess.run([*child, *argv], stdout=log, stderr=log, env=environment).returncode:
+                raise ValueError(f"a run failed; its output is in {folder}/train.log")
+
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
+        done = pool.map(train, jobs.keys(), jobs.values())
+        for _ in tqdm(done, "training", len(jobs), unit="run", disable=None):
+            pass
 
 
-def in_parallel(jobs):
-    """Runs of train.py that are not yet complete, each by one thread, as many at once as there are
-    cores; their output in train.log beside their checkpoints."""
-    todo = []
-    for job in jobs:
-        out, steps = Path(job[1]), int(job[job.index("--steps") + 1])
-        begun = train.begun(out)
-        if begun and "--data" in job:
-            asked, had = job[job.index("--data") + 1], read_config(out / "last")["train"]["data"]
-            if asked != had:
-                raise ValueError(
-                    f"{out} was trained on {had}, not {asked}: move it away, or --data {had}"
-                )
-        if not begun or read_config(out / "last")["step"] < steps:
-            todo.append((out, steps, ["--resume", str(out)] if begun else job))
-    bar = tqdm(total=sum(steps for _, steps, _ in todo), desc="training", unit="step", disable=None)
-    at_once = 1 if torch.cuda.is_available() else os.cpu_count()
-    running, waiting = {}, todo[:]
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                out, _, job = waiting.pop(0)
-                out.mkdir(parents=True, exist_ok=True)
-                running[out] = subprocess.Popen(
-                    [sys.executable, "-m", "experiments.study", *job], stdout=open(out / "train.log", "a"),
-                    stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
-                )  # fmt: skip
-            time.sleep(1)
-            bar.n = sum(done(out) for out, *_ in todo)
-            bar.refresh()
-            for out, process in [*running.items()]:
-                if process.poll() is None:
-                    continue
-                if running.pop(out).returncode:
-                    raise ValueError(f"a run failed; what it said is in {out}/train.log")
-    finally:
-        for process in running.values():  # they save, and go on next time
-            process.terminate()
-            process.wait()
-        bar.close()
+def train_one():
+    """A run of train.py without the samples at its end."""
+    import train
+
+    def run():
+        model, config, folder, _ = train.parse_arguments(sys.argv[1:])
+        train.train(model, config, folder, train.join_processes(config.device))
+
+    entry(run)
 
 
-def done(run):
-    """Steps that a run has logged."""
-    if not (run / "log.jsonl").exists():
-        return 0
-    with open(run / "log.jsonl", "rb") as file:
-        file.seek(max(0, os.path.getsize(run / "log.jsonl") - 1000))
-        lines = file.read().split(b"\n")
-    try:
-        return json.loads(lines[-2])["step"]
-    except (ValueError, IndexError, KeyError):
-        return 0
+def closeness(codec, true, codes):
+    """{column: Cell} of refined codes (B, k, L) for clips whose true codes are (B, 9, L)."""
+    with torch.inference_mode():
+        nine, mine = codec.from_codes(true).mT, codec.from_codes(codes).mT  # (B, L, bands), dB
+    fd = lambda i: evaluate.frechet_distance(mine[i].flatten(0, 1), nine[i].flatten(0, 1))
+    draws = np.random.default_rng(0).integers(len(mine), size=(50, len(mine)))
+    value = fd(range(len(mine)))
+    flux = [z.diff(dim=1).abs().mean((1, 2)) for z in (mine, nine)]  # (B,)
+    cells = {"FD": Cell(value, *evaluate.around(value, [fd(i) for i in draws]))}
+    cells["flux"] = mean(flux[0] / flux[1])
+    if codes.shape[1] > 1:
+        right = (codes[:, 1:] == true[:, 1:]).float().mean(2)  # (B, 8)
+        cells |= {"code 2 right": mean(right[:, 0]), "codes 2-9 right": mean(right.mean(1))}
+    return cells
 
 
-def own_tokens(folder, data):
-    """A corpus with a first codebook as the language model that ships would have it: at every
-    frame a token is drawn from what it expects after the true ones; codebooks 2 ... 9 stay.
-    ValueError if the data are not the toy world's."""
-    sides = [Clips(data, split, 9, "toy") for split in ("train", "valid")]
-    if not all("factors" in row for side in sides for row in side.rows):
-        raise ValueError(f"the study is of the toy world: {data} was not made by `toy.py build`")
-    writer = Writer(folder, load_codec("toy"))
-    lm, encoder = load_checkpoint(SHIPPED), load_text_encoder(SHIPPED)
-    options = read_config(SHIPPED).get("sampling", {})
-    options = {k: options[k] for k in ("temperature", "top_k", "top_p") if k in options}
-    have = len(writer.rows())
-    todo = [(side, i) for side in sides for i in range(len(side))][have:]
-    for number, (side, i) in enumerate(tqdm(todo, "own tokens", disable=None, leave=False), have):
-        codes, row = side.codes(i), side.rows[i]
-        rng = np.random.default_rng([23, number])
-        with torch.inference_mode():
-            text = encoder([words.caption(row["factors"], rng)])
-            logits = lm(torch.from_numpy(codes[None, :1]), *text)[0].transpose(0, 1)  # (L, 1, V)
-            uniform = torch.from_numpy(rng.random((len(logits), 1), np.float32))
-            codes[0] = sample_tokens(logits, uniform, **options)[:, 0].numpy()
-        writer.add([(codes.astype(np.uint16), dict(split=row["split"], factors=row["factors"]))])
-
-
-def system_of(folder):
-    """A checkpoint as evaluate.py plays it: with the refiner that ships, whatever lies in out/."""
-    nine = read_config(folder)["model"]["codebooks"] > 1
-    return str(folder) if nine else f"{folder}+{SHIPPED_REFINER}"
-
-
-def alone():
-    """Prepares a process that plays beside others."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, not its clip alone
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")  # their progress bars would write over each other
-
-
-def varied(task, **changes):
-    return SimpleNamespace(**vars(task) | changes)
-
-
-def plain(value):
-    return value, None
+def size(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def over_seeds(values):
-    return np.mean(values), (np.min(values), np.max(values)) if len(values) > 1 else None
+    bounds = (np.min(values), np.max(values)) if len(values) > 1 else ()
+    return Cell(np.mean(values), *bounds)
 
 
 def reached(spent, losses, goal):
-    """How much is spent when the losses first are as low as the goal."""
-    below = np.flatnonzero(losses <= goal)
-    if not len(below):
-        return np.inf
-    i = below[0]
-    if i == 0:
-        return spent[0]
-    part = (losses[i - 1] - goal) / (losses[i - 1] - losses[i])
-    return spent[i - 1] + part * (spent[i] - spent[i - 1])
+    """How much was spent when the losses first reached the goal, by linear interpolation."""
+    return np.interp(-goal, -np.minimum.accumulate(losses), spent, right=np.inf)
 
 
-def cost_of_a_minute(lm, encoder, prompt, frames):
-    """-> cells: milliseconds of a step in the first ten seconds and in the last, and the bytes that
-    are remembered by then."""
-    times = [time.time()]
-    for _ in generate(lm, encoder, [prompt], frames, [0], block=862):
-        times.append(time.time())
-    first, last = (1000 * (b - a) / 862 for a, b in (times[:2], times[-2:]))
-    with torch.inference_mode():
-        _, state = lm.prefill(*encoder([prompt]), room=frames)
-    kept = sum(v.nbytes for block in state.blocks for layer in block for v in layer)
-    return {
-        "ms a step, first 10 s": plain(first),
-        "ms a step, last 10 s": plain(last),
-        "state, KB": plain(2 * kept / 1000),
-    }
-
-
-@functools.cache
-def provenance():
-    """Machine and commit, in a line."""
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    commit = git(["git", "describe", "--always"]).stdout.strip()
-    if git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode == 1:
-        commit += "-dirty"  # not for tables that it has written itself
-    try:
-        cpu = open("/proc/cpuinfo").read().split("model name\t: ")[1].split("\n")[0]
-    except (OSError, IndexError):
-        cpu = platform.processor() or platform.machine()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return (
-        f"{device}, {os.cpu_count()} cores, torch {torch.__version__}, commit {commit or 'unknown'}"
-    )
-
-
-def one_run(argv):
-    """train.py without the samples at its end."""
-    if not argv:
-        raise ValueError("the study is `python evaluate.py study`; this makes one of its runs")
-    model_config, config, run, _ = train.parse_arguments(argv)
-    train.train(model_config, config, run, train.join_processes(config.device))
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps, few prompts")
+    parser.add_argument("--data", default="toy", help="a folder that `python -m toy build` made")
+    parser.add_argument("--seeds", type=int, help="runs of each language model [3; --quick 1]")
+    args = parser.parse_args()
+    check_value("seeds", args.seeds, "[1, inf)")
+    Study(args.quick, args.data, args.seeds).run()
 
 
 if __name__ == "__main__":
-    evaluate.entry(lambda: one_run(sys.argv[1:]))
+    entry(main)

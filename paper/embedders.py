@@ -1,29 +1,30 @@
-"""The networks whose opinion the paper prints: OpenL3 for FD, PaSST for KL, CLAP for CLAP.
+"""The networks behind the paper's metrics: OpenL3 for FD, PaSST for KL, CLAP for CLAP.
 
-Each is somebody else's, imported where it is used (`pip install -r requirements-paper.txt`), and
-each figure depends on how audio is handed to it. What stands here is that: sample rate, loudness,
-windows, pooling, after stable-audio-metrics (arXiv 2402.04825), whose settings the paper follows.
+They are imported where they are used (`pip install -r requirements-paper.txt`). Each figure depends
+on how the network gets its audio; the settings follow stable-audio-metrics (arXiv 2402.04825), as
+the paper does.
 
-            heard at   windows                     output                    pooled
-  OpenL3    48 kHz     1 s every 0.5 s, centred    512 (music, mel256)       not: all frames count
-  PaSST     32 kHz     10 s every 5 s              527 logits (AudioSet)     mean, then softmax
-  CLAP      48 kHz     10 s every 10 s             512, of audio and text    mean
+            sample rate   windows                     output                   over the windows
+  OpenL3    48 kHz        1 s every 0.5 s, centred    512 (music, mel256)      all are frames of FD
+  PaSST     32 kHz        10 s every 5 s              527 logits (AudioSet)    mean, then softmax
+  CLAP      48 kHz        10 s every 10 s             512, of audio and text   mean
 
-The weights (OpenL3 18 MB, PaSST 340 MB, CLAP 2.3 GB) are fetched once, into torch's cache, where a
-file that was fetched by hand is found as well.
+OpenL3 gets mono. stable-audio-metrics embeds mono twice, as left and right, which doubles the FD
+exactly; the paper does not say what it did. The weights (18 MB, 340 MB, 2.3 GB) are downloaded to
+torch's cache, once; a file that you put there yourself is used as well.
 
-S samples · n windows · W frames
+S samples, n windows, W frames
 """
 
 import contextlib
 import math
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.signal import resample_poly
 
 from audio import SAMPLE_RATE
 from toy.judge import windows
@@ -35,43 +36,37 @@ CLAP_NAME = "music_audioset_epoch_15_esc_90.14.pt"
 
 
 def weights(url) -> Path:
-    """The file behind the address, fetched into torch's cache unless it is there."""
+    """The file of an address, downloaded to torch's cache if it is not there."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
         try:
-            torch.hub.download_url_to_file(url, str(partial), progress=True)
-            os.replace(partial, path)
+            torch.hub.download_url_to_file(url, str(path))  # a complete file, or none
         except OSError as error:  # no network, no such file, disk full
-            partial.unlink(missing_ok=True)
-            raise ValueError(
-                f"{path.name} is needed and could not be fetched ({error}): download {url} and put"
-                f" it at {path}"
-            ) from None
+            raise ValueError(f"{error}: download {url} and put it at {path}") from None
     return path
 
 
-def resample(audio, rate):  # (S,) at 44.1 kHz -> (S',) float32
-    from scipy.signal import resample_poly
-
+def resample(audio, rate):
+    """(S,) at 44.1 kHz -> (S',) float32"""
     common = math.gcd(rate, SAMPLE_RATE)
-    heard = resample_poly(np.asarray(audio, np.float64), rate // common, SAMPLE_RATE // common)
-    return torch.from_numpy(heard.astype(np.float32))
+    audio = resample_poly(np.asarray(audio, np.float64), rate // common, SAMPLE_RATE // common)
+    return torch.from_numpy(audio.astype(np.float32))
 
 
 def peak_normalised(audio, decibels=-1.0):
-    """The loudest sample at -1 dB, as OpenL3's figures were made; silence stays silence."""
+    """Scales the largest sample to -1 dB, as OpenL3's figures are made. Silence stays silence."""
     return audio * (10 ** (decibels / 20) / audio.abs().max().clamp(min=1e-8))
 
 
-def ten_seconds(audio, rate, every):  # (S,) -> (n, 10 s), a short clip filled up with silence
+def ten_seconds(audio, rate, every):
+    """(S,) -> windows (n, 10 s); a short clip is padded with silence"""
     return windows(F.pad(audio, (0, max(0, 10 * rate - len(audio)))), 10, every, rate)
 
 
 class OpenL3:
-    """audio -> frames (W, 512). torchopenl3 puts half a second of silence in front, so that frame
-    i is centred on second i / 2."""
+    """audio -> frames (W, 512). torchopenl3 puts half a second of silence in front, so frame i is
+    centred on second i / 2."""
 
     def __init__(self):
         import torchopenl3
@@ -81,16 +76,16 @@ class OpenL3:
         self.model = torchopenl3.core.load_audio_embedding_model("mel256", "music", 512)
 
     def __call__(self, audio):
-        heard = peak_normalised(resample(audio, 48000))
+        audio = peak_normalised(resample(audio, 48000))
         with torch.inference_mode():
             frames, _ = self.package.get_audio_embedding(
-                heard, 48000, self.model, hop_size=0.5, center=True, verbose=False
+                audio, 48000, self.model, hop_size=0.5, center=True, verbose=False
             )
         return frames[0].float().cpu()
 
 
 class PaSST:
-    """audio -> logits (n, 527) of AudioSet's classes, a row for each window of ten seconds."""
+    """audio -> logits (n, 527) of AudioSet's classes, for each window"""
 
     def __init__(self):
         from hear21passt.base import get_basic_model
@@ -105,26 +100,19 @@ class PaSST:
 
 
 class Clap:
-    """audio -> embedding (512,), captions -> embeddings (N, 512).
-
-    Longer input than ten seconds is cut at random inside laion-clap, so it gets windows of ten,
-    and their embeddings are averaged."""
+    """audio -> embedding (512,), captions -> embeddings (N, 512). laion-clap would crop longer
+    audio at random, so it gets windows."""
 
     def __init__(self, name):
         import laion_clap
 
-        try:
-            self.model = laion_clap.CLAP_Module(enable_fusion=False, amodel="HTSAT-base")
-        except OSError as error:
-            raise ValueError(
-                f"laion-clap needs roberta-base from https://huggingface.co/roberta-base ({error})"
-            ) from None
+        self.model = laion_clap.CLAP_Module(enable_fusion=False, amodel="HTSAT-base")
         self.model.load_ckpt(str(weights(CLAP + name)), verbose=False)
 
     def __call__(self, audio):
-        heard = ten_seconds(resample(audio, 48000), 48000, 10)
+        audio = ten_seconds(resample(audio, 48000), 48000, 10)
         with torch.inference_mode():
-            return torch.from_numpy(self.model.get_audio_embedding_from_data(heard.numpy())).mean(0)
+            return torch.from_numpy(self.model.get_audio_embedding_from_data(audio.numpy())).mean(0)
 
     def read(self, captions):
         with torch.inference_mode():
@@ -132,28 +120,28 @@ class Clap:
 
 
 class PaperRuler:
-    """The three networks behind the toy judge's interface."""
+    """The three networks, with the interface of toy.judge.Judge."""
 
-    # stable-audio-metrics embeds mono twice, as left and right, which doubles the distance exactly;
-    # the paper does not say whether it did.
-    names = dict(fd="FD_openl3", fd_doubled="FD_openl3, mono twice", kl="KL", clap="CLAP")
+    names = dict(fd="FD_openl3", kl="KL", clap="CLAP")
 
-    def __init__(self, clap=CLAP_NAME, kl_average="clips"):
+    def __init__(self, clap="", kl_average="clips"):
         self.kl_average = kl_average
+        clap = clap or CLAP_NAME
         try:
             self.openl3, self.passt, self.clap = OpenL3(), PaSST(), Clap(clap)
-        except (ImportError, OSError, RuntimeError) as error:
-            # A torchaudio that does not fit torch raises the other two.
+        except (ImportError, OSError, RuntimeError) as error:  # the last two: a wrong torchaudio
             raise ValueError(
-                f"the paper's metrics need `pip install -r requirements-paper.txt` ({error})"
+                "the paper's metrics need `pip install -r requirements-paper.txt`, and laion-clap"
+                f" needs roberta-base from https://huggingface.co/roberta-base ({error})"
             ) from None
         self.settings = (
-            f"OpenL3 mel256 music 512, 1 s every 0.5 s, mono, peak at -1 dB; PaSST ap476, 10 s"
-            f" every 5 s, KL over {kl_average}; CLAP {clap}, 10 s windows"
+            "OpenL3 mel256 music 512, 1 s every 0.5 s, peak at -1 dB, mono (mono embedded as left"
+            f" and right doubles FD); PaSST ap476, 10 s every 5 s, KL over {kl_average}; CLAP"
+            f" {clap}, 10 s windows"
         )
 
     def listen(self, clips):
-        """clips: an iterable of audio (S,) -> frames, window logits and embeddings of each."""
+        """clips: an iterable of audio (S,) -> frames, window logits and embeddings of each"""
         heard = [(self.openl3(a), self.passt(a), self.clap(a)) for a in clips]
         frames, logits, embeddings = zip(*heard)
         return SimpleNamespace(frames=frames, logits=logits, embedding=torch.stack(embeddings))
@@ -162,7 +150,7 @@ class PaperRuler:
         return self.clap.read(captions)
 
     def tags(self, heard):
-        """One distribution a clip (N, 527), the windows' logits averaged, then softmax; or one a
-        window (N, n, 527), whose divergences are averaged, as the paper says it does."""
+        """One distribution for each clip (N, 527), from the mean of its windows' logits; or with
+        kl_average "segments" one for each window (N, n, 527)."""
         logits = torch.stack(heard.logits)  # (N, n, 527)
         return (logits if self.kl_average == "segments" else logits.mean(1)).softmax(-1)

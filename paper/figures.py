@@ -1,147 +1,140 @@
-"""What the paper published, and figures fit for a talk: evaluate.py measures, this draws.
+"""The paper's numbers and figures.
 
-Colours are Okabe and Ito's, which colour-blind people tell apart, and every series has a marker or
-a line style of its own besides. Each figure is written as PNG and as SVG.
+    python -m paper.figures figure2 out/simba/step-* ...   metrics against the training step
+    python -m paper.figures figure3 SYSTEM ...             spectrograms of one prompt
+    python -m paper.figures codebooks                      what 1 ... 9 codebooks keep of real clips
+    python -m paper.figures tempo SYSTEM ...               does the beat follow "jazz at 96 bpm"?
+
+Each takes the options of evaluate.py, and all but figure3 write its table as well.
 """
 
+import argparse
+import csv
+import re
 from pathlib import Path
-from string import ascii_lowercase
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from audio import FRAME_RATE, under_another_name
+import evaluate
+from audio import FRAME_RATE, mel_spectrogram, read_audio
+from checkpoint import load_checkpoint
+from options import entry, new_parser
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS, LINES = "os^DvP*", ["-", "--", "-.", ":"]
-# The paper's names of the variants; `evaluate.named` adds the codebooks, where they are several.
-NAMES = {
-    "mamba": "Prefix Mamba", "simba": "Prefix SiMBA", "cross-simba": "Cross SiMBA",
-    "transformer": "Cross Transformer",
+# FD_openl3, KL and CLAP as the paper (SSMTTM) printed them; simba-9: one stage, nine codebooks.
+TABLES = {
+    "1": {"codec-1": (59.3433, 1.4950, 0.1950), "mamba": (107.0340, 1.8837, 0.1450),
+          "simba": (102.7248, 1.5106, 0.1776), "cross-simba": (118.4306, 1.3012, 0.1240),
+          "transformer": (99.2973, 3.1077, 0.1150)},  # 10 s, step 20,000, codebook 1 alone
+    "2": {"musicgen-small": (109.1424, 1.8371, 0.2422), "simba-9": (98.6492, 1.1952, 0.2360),
+          "transformer": (83.1081, 1.4994, 0.1852), "simba": (74.4559, 1.2948, 0.2370)},  # 10 s
+    "2b": {"musicgen-small": (125.8558, 1.3879, 0.2234), "simba-9": (107.2963, 0.6902, 0.2280),
+           "transformer": (97.3981, 1.2494, 0.1630), "simba": (85.2023, 0.9408, 0.2495)},  # 25 s
+    # Simba of so many blocks, 25 s. The paper says 94.4 M parameters for 6 blocks; by its own
+    # architecture they have 72.4 M.
+    "4": {24: (85.2023, 0.9408, 0.2495), 12: (88.1027, 1.1073, 0.2547),
+          6: (82.0459, 0.9284, 0.2442)},
+}  # fmt: skip
+JAZZ_REGGAE = """This is the recording of a jazz reggae concert. There is a saxophone lead playing a
+solo. There is a keyboard and an electric guitar playing the main tune with the backing of a bass
+guitar. In the rhythmic background, there is an acoustic reggae drum beat. The atmosphere is groovy
+and chill. This piece could be playing in the background at a beach. It could also be included in
+the soundtrack of a summer/vacation/tropical themed movie.""".replace("\n", " ")  # of Figure 3
+FROM_TABLES = {  # command: options of evaluate.py, the rows to draw, what their number is
+    "figure2": ("--prompts sentence --name figure2", r"(.+)/step-(\d+)", "training step"),
+    "codebooks": (
+        " ".join(f"codec-{k}" for k in range(1, 10)) + " --name codebooks", r"(codec)-(\d)",
+        "codebooks",
+    ),
+    "tempo": ("--prompts bpm genre --name tempo", "", ""),
 }  # fmt: skip
 
-# SSMTTM, Table I: 10 s clips at step 20k, the first codebook alone: FD_openl3, KL, CLAP.
-TABLE1 = {
-    "codec, 1 codebook": (59.3433, 1.4950, 0.1950),
-    "Prefix Mamba": (107.0340, 1.8837, 0.1450),
-    "Prefix SiMBA": (102.7248, 1.5106, 0.1776),
-    "Cross SiMBA": (118.4306, 1.3012, 0.1240),
-    "Cross Transformer": (99.2973, 3.1077, 0.1150),
-}
-# Table II: all codebooks, 10 s and 25 s.
-TABLE2 = {
-    "MusicGen-small": ((109.1424, 1.8371, 0.2422), (125.8558, 1.3879, 0.2234)),
-    "Prefix SiMBA, 9 codebooks": ((98.6492, 1.1952, 0.2360), (107.2963, 0.6902, 0.2280)),
-    "Cross Transformer": ((83.1081, 1.4994, 0.1852), (97.3981, 1.2494, 0.1630)),
-    "Prefix SiMBA": ((74.4559, 1.2948, 0.2370), (85.2023, 0.9408, 0.2495)),
-}
-# Table IV: Prefix SiMBA/Diffusion of 24, 12 and 6 blocks, 25 s. The paper gives 94.4 M parameters
-# for 6 blocks; its own architecture has 72.4 M.
-TABLE4 = {
-    24: (85.2023, 0.9408, 0.2495),
-    12: (88.1027, 1.1073, 0.2547),
-    6: (82.0459, 0.9284, 0.2442),
-}
-# Footnote 1, the prompt of Figure 3.
-JAZZ_REGGAE = (
-    "This is the recording of a jazz reggae concert. There is a saxophone lead playing a solo."
-    " There is a keyboard and an electric guitar playing the main tune with the backing of a bass"
-    " guitar. In the rhythmic background, there is an acoustic reggae drum beat. The atmosphere is"
-    " groovy and chill. This piece could be playing in the background at a beach. It could also be"
-    " included in the soundtrack of a summer/vacation/tropical themed movie."
-)
+
+def add_published(table, number, seconds):
+    """Adds columns to a table of evaluate.py: the parameters of each checkpoint, and the figures of
+    the paper's Table `number` for the same variant, codebooks and blocks."""
+    theirs = TABLES["2b" if number == 2 and seconds > 10 else str(number)]
+    for row, cells in table.items():
+        key = evaluate.stages(row.split(", ")[0])[0]
+        if Path(key).exists() and evaluate.type_of(key) == "checkpoint":
+            lm = load_checkpoint(key)
+            cells["parameters, M"] = evaluate.Cell(sum(p.numel() for p in lm.parameters()) / 1e6)
+            key = lm.config.variant + ("-9" if lm.config.codebooks == 9 else "")
+            key = lm.config.blocks if number == 4 and key == "simba" else key
+        for column, value in zip(("FD_openl3", "KL", "CLAP"), theirs.get(key, ())):
+            cells[f"{column}, paper"] = evaluate.Cell(value)
 
 
-def published(figures):
-    """(FD, KL, CLAP) -> the cells of a table's columns for the paper's figures"""
-    return dict(zip(("FD_openl3", "KL", "CLAP"), (f"{x:.4g}" for x in figures)))
+def draw(name, pattern, xlabel):
+    """Draws the metrics of results/NAME.csv against the number in a row's name -> NAME.png."""
+    with open(evaluate.RESULTS / f"{name}.csv", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    metrics = [column for column in rows[0] if re.fullmatch(r"(FD|KL|CLAP)\w*", column)]
+    for axis, metric in zip(figure.subplots(1, len(metrics)), metrics):
+        series = {}
+        for row in rows:
+            if found := re.match(pattern, row[""]):
+                values = [float(row[metric + end]) for end in ("", " low", " high")]
+                series.setdefault(found[1], []).append((int(found[2]), *values))
+        for label, points in series.items():
+            x, y, low, high = zip(*sorted(points))
+            axis.plot(x, y, "o-", label=label)
+            axis.fill_between(x, low, high, alpha=0.15)
+        axis.set(title=metric, xlabel=xlabel)
+        axis.legend()
+    figure.savefig(evaluate.RESULTS / f"{name}.png", dpi=100)
 
 
-def curves(path, series, metrics, xlabel, levels=None):
-    """One panel a metric. series: {name: (x, {metric: [(value, (low, high))]})}; metrics: {column:
-    "up" or "down", the better direction}; levels: {name: {metric: value}}, horizontal lines."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(metrics), figsize=(4.6 * len(metrics), 3.8), squeeze=False)
-    for axis, (metric, better) in zip(axes[0], metrics.items()):
-        for i, (name, (x, columns)) in enumerate(series.items()):
-            values = [value for value, *_ in columns[metric]]
-            low, high = np.array([bounds for _, bounds, *_ in columns[metric]]).T
-            style = dict(color=COLOURS[i % 7], marker=MARKERS[i % 7], linestyle=LINES[i % 4])
-            axis.plot(x, values, label=name, **style)
-            axis.fill_between(x, low, high, color=COLOURS[i % 7], alpha=0.15, linewidth=0)
-        for name, cells in (levels or {}).items():
-            axis.axhline(cells[metric], color="0.35", linestyle=":", label=name)
-        axis.set(title=f"{metric} ({'higher' if better == 'up' else 'lower'} is better)")
-        axis.set(xlabel=xlabel, ylabel=metric)
-        axis.grid(alpha=0.25)
-    axes[0][0].legend(frameon=False)
-    keep(figure, path)
-
-
-def spectrograms(path, clips, title):
-    """clips: {name: mel spectrogram (mels, T) in dB} -> one panel each, on one colour scale."""
-    plt = pyplot()
-    rows = -(-len(clips) // 2)
-    figure, axes = plt.subplots(
-        rows, 2, figsize=(12, 3.1 * rows + 0.6), sharex=True, sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    top = max(float(mel.max()) for mel in clips.values())
-    for axis in axes.flat[len(clips) :]:
-        axis.set_axis_off()
-    for axis, letter, (name, mel) in zip(axes.flat, ascii_lowercase, clips.items()):
-        seconds = mel.shape[1] / FRAME_RATE
-        image = axis.imshow(
-            mel, origin="lower", aspect="auto", cmap="cividis", vmin=top - 80, vmax=top,
-            extent=(0, seconds, 0, len(mel)),
-        )  # fmt: skip
-        axis.set(title=f"({letter}) {name}", xlabel="seconds", ylabel="mel band")
-    figure.suptitle(title, fontsize=11)
+def figure3(systems):
+    """Mel spectrograms of what each system plays to the paper's jazz-reggae prompt, row by row."""
+    figure = Figure(figsize=(9, 0.6 + 1.8 * len(systems)), layout="constrained")
+    axes = figure.subplots(len(systems), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, system in zip(axes, systems):
+        (file,), _ = evaluate.music(system, [JAZZ_REGGAE], 10.0)
+        mel = mel_spectrogram(read_audio(file))[0].numpy()  # (bands, T) in dB
+        shape = dict(origin="lower", aspect="auto", extent=(0, mel.shape[1] / FRAME_RATE, 0, 128))
+        image = axis.imshow(mel, cmap="magma", vmin=-90, vmax=-10, **shape)
+        axis.set(title=system, ylabel="mel band")
+    axis.set(xlabel="seconds")
     figure.colorbar(image, ax=axes, label="dB")
-    keep(figure, path, tight=False)
-
-
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
-
-
-def keep(figure, path, tight=True):
-    """Writes PATH.png and PATH.svg."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if tight:
-        figure.tight_layout()
-    for kind in ("png", "svg"):
-        # Not with_suffix: a name may hold 2.5 s.
-        with under_another_name(path.with_name(f"{path.name}.{kind}")) as part:
-            figure.savefig(part, format=kind, dpi=160)
-    pyplot().close(figure)
+    evaluate.RESULTS.mkdir(parents=True, exist_ok=True)
+    figure.savefig(evaluate.RESULTS / "figure3.png", dpi=64)
 
 
 def loss_curve(rows, path):
     """A run's log: training, and validation with right, shuffled and no captions."""
-    plt = pyplot()
-    steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    x, y = np.array(steps).T
+    x, y = np.array([(row["step"], row["loss"]) for row in rows if "loss" in row]).T
     n = min(50, len(y))
     refining = any("right_blind" in row for row in rows)
     second = ("_blind", "without codebook 1") if refining else ("_1s", "the first second")
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True)
     axes[0].plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), "0.6", lw=1, label="training")
     for axis, (suffix, title) in zip(axes, (("", "whole windows"), second)):
-        for kind, color in (("right", "C0"), ("shuffled", "C1"), ("empty", "C2")):
+        for kind in ("right", "shuffled", "empty"):
             points = [(r["step"], r[kind + suffix]) for r in rows if kind + suffix in r]
-            axis.plot(*zip(*points), "o-", color=color, ms=3, label=f"validation, {kind} captions")
+            axis.plot(*zip(*points), "o-", ms=3, label=f"validation, {kind} captions")
         unit = "squared error of v" if refining else "nats per token"
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.legend()
     worst = max(r[kind] for r in rows for kind in ("right", "shuffled", "empty") if kind in r)
     axes[0].set_ylim(top=1.1 * worst)  # the first steps' losses would flatten all the others
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    parser.add_argument("figure", choices=[*FROM_TABLES, "figure3"])
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="systems, and options")
+    args = parser.parse_args(argv)
+    if args.figure == "figure3":
+        return figure3(evaluate.parse_arguments(args.arguments).systems)
+    options, pattern, xlabel = FROM_TABLES[args.figure]
+    evaluate.main([*options.split(), *args.arguments])
+    if pattern:
+        draw(args.figure, pattern, xlabel)
+
+
+if __name__ == "__main__":
+    entry(main)

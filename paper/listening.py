@@ -1,21 +1,20 @@
-"""The listening test: people give marks to music, without knowing whose it is.
+"""The listening test: people give marks to music without knowing which system made it.
 
-    python listening.py page mamba/ transformer/ --prompts prompts.txt --out test.html
-    python listening.py tally answers/
+    python -m paper.listening page mamba/ transformer/ --prompts prompts.txt --out test.html
+    python -m paper.listening tally answers/
 
-`page` makes one web page that holds everything, audio included: send it to the listeners, who open
-it from disk, on a computer or a phone. A session has three questions, as in the paper (SSMTTM,
-IV-B): a prompt, one clip of each system under a letter, in an order drawn for each listener, and
-marks from 1 to 5 for consistency, alignment and overall quality. Prompts are drawn at random, never
-chosen. What was answered survives a reload, and is downloaded as JSON at the end. `tally` reads a
-folder of such files and prints mean ± standard deviation for each system.
+`page` makes one web page that contains everything, audio included. Listeners open it from disk, on
+a computer or a phone. A session has three questions, as in the paper (SSMTTM, IV-B). Each shows a
+prompt and one clip of each system under a letter, in a random order, and asks for marks from 1 to 5
+for consistency, alignment and overall quality. Prompts are drawn at random. Answers survive a
+reload, and are downloaded as JSON at the end. `tally` reads a folder of such files and prints mean
+± standard deviation of each system.
 
-Systems are folders of 000.wav, 001.wav ... (clip NNN plays line NNN of the prompts, from 0). Their
-names stand nowhere in the page: it knows clips by codes, and the key to the codes is a file beside
-it, test.key.json, which stays at home.
+Systems are folders of 000.wav, 001.wav ... Clip NNN plays line NNN of the prompts, from 0. The page
+does not contain their names: it knows clips by codes. The key to the codes is written to
+test.key.json: do not send it to the listeners.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from audio import FORMATS, SAMPLE_RATE, read_audio, write_text
-from options import entry, read_lines
+from options import entry, new_parser, read_lines
 
 SCALES = {  # the paper's three
     "Consistency": "Does the music hang together, in detail and as a whole: melody, rhythm, form?",
@@ -36,8 +35,8 @@ QUESTIONS = 3  # in a session
 
 
 def make_page(systems, prompts, out, count=24):
-    """systems: folders; prompts: lines of text. Writes the page `out` and its key -> its number
-    of prompts: at most `count`, drawn at random; every listener's browser draws three of those."""
+    """Writes the page `out` and its key, for folders and lines of text -> the number of prompts: at
+    most `count`, drawn at random. Every listener's browser draws three of them."""
     if len(systems) < 2 or len({Path(s).name for s in systems}) < len(systems):
         raise ValueError("a listening test compares two or more folders of different names")
     clips = {}
@@ -62,19 +61,17 @@ def make_page(systems, prompts, out, count=24):
         questions.append(dict(prompt=prompts[i], clips=codes))
     test = dict(id=secrets.token_hex(4), scales=SCALES, questions=questions, perSession=QUESTIONS)
     data = json.dumps(test).replace("</", "<\\/")  # no caption can close the script
-    page = (Path(__file__).parent / "listening.html").read_text(encoding="utf-8")
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for path, text in (
-        (out, page.replace("/*TEST*/null", data)),
-        (out.with_suffix(".key.json"), json.dumps(dict(id=test["id"], clips=key), indent=1)),
-    ):
-        write_text(path, text)
+    write_text(out, page.replace("/*TEST*/null", data))
+    key = json.dumps(dict(id=test["id"], clips=key), indent=1)
+    write_text(out.with_suffix(".key.json"), key)
     return len(questions)
 
 
 def as_ogg(path):
-    """Audio as a data address, in Ogg Vorbis and all at one loudness: louder is not better."""
+    """A file as a data: address, in Ogg Vorbis. All have one loudness: louder is not better."""
     import soundfile
 
     audio = read_audio(path)[0].numpy()
@@ -89,9 +86,8 @@ def as_ogg(path):
 
 def tally(folder, key=None):
     """Answers (JSON files in `folder`), the page's key -> {system: {scale: marks}}, listeners."""
-    files = sorted(Path(folder).glob("*.json"))
-    keys = [Path(key)] if key else [f for f in files if f.name.endswith(".key.json")]
-    answers = [f for f in files if not f.name.endswith(".key.json")]
+    keys = [Path(key)] if key else sorted(Path(folder).glob("*.key.json"))
+    answers = sorted(set(Path(folder).glob("*.json")) - set(Path(folder).glob("*.key.json")))
     if not keys or not answers:
         raise ValueError(
             f"{folder} needs the listeners' answers and the page's key (NAME.key.json), or --key"
@@ -134,25 +130,21 @@ def table(marks, listeners):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("page", help="make the page")
-    c.add_argument("systems", nargs="+", help="folders of 000.wav, 001.wav ...")
-    c.add_argument("--prompts", required=True, help="text file, one prompt a line")
-    c.add_argument("--count", type=int, default=24, help="prompts in the page, at most [24]")
-    c.add_argument("--out", default="listening-test.html")
-    c = commands.add_parser("tally", help="mean and standard deviation of the answers")
-    c.add_argument("folder", help="the listeners' JSON files, and the key")
-    c.add_argument("--key", help="NAME.key.json, if it is elsewhere")
+    page = commands.add_parser("page", help="make the page")
+    page.add_argument("systems", nargs="+", help="folders of 000.wav, 001.wav ...")
+    page.add_argument("--prompts", required=True, help="text file, one prompt a line")
+    page.add_argument("--count", type=int, default=24, help="largest number of prompts [24]")
+    page.add_argument("--out", default="listening-test.html")
+    answers = commands.add_parser("tally", help="mean and standard deviation of the answers")
+    answers.add_argument("folder", help="the listeners' JSON files, and the key")
+    answers.add_argument("--key", help="NAME.key.json, if it is elsewhere")
     args = parser.parse_args()
     if args.command == "tally":
         return print(table(*tally(args.folder, args.key)))
     count = make_page(args.systems, read_lines(args.prompts), args.out, args.count)
-    print(
-        f"{args.out}: {count} prompts; keep {Path(args.out).with_suffix('.key.json')} to yourself"
-    )
+    print(f"{args.out}: {count} prompts; keep {Path(args.out).with_suffix('.key.json')} private")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from diffusion import (
     turn,
     turn_back,
 )
-from experiments import refining
 from model import ssd_recurrent
 from toy.corpus import folder as corpus
 
@@ -412,30 +411,3 @@ def test_a_refiner_is_trained_resumed_exactly_and_played(tmp_path, monkeypatch, 
     a, b = (load_refiner(f"out/{run}/last").state_dict() for run in ("whole", "resumed"))
     assert all((a[k] == b[k]).all() for k in a)
     assert read_config("out/resumed/last")["step"] == 6
-
-
-def test_the_measure_of_a_refiner_is_zero_for_the_truth_and_grows_with_what_is_wrong():
-    valid = Clips(corpus(), "valid", 9, CODEC.name)
-    true = torch.from_numpy(np.stack([valid.codes(i)[:, :200] for i in range(3)]))
-    half, random = true.clone(), torch.randint(1024, true.shape)
-    half[:, 5:] = random[:, 5:]
-    truth, half, sketch = (
-        {k: value for k, (value, _) in refining.measure("", CODEC, true, made)[1].items()}
-        for made in (true, half, true[:, :1])
-    )
-    fd = "FD, nine codebooks"
-    assert abs(truth[fd]) < 1e-3 < half[fd] < sketch[fd]
-    assert truth["flux"] == 1 and sketch["flux"] < 0.8
-    assert truth["codes 2-9 right"] == 1 and half["code 2 right"] == 1
-    assert half["codes 2-9 right"] == pytest.approx(0.5, abs=0.01)
-
-
-def test_the_most_frequent_fine_code_is_what_its_name_says():
-    first, fine = np.array([7, 7, 7, 8]), np.array([1, 2, 2, 3])
-
-    class One(list):
-        codes = list.__getitem__
-
-    train_clips = One([np.stack([first, *[fine + k for k in range(8)]])])
-    guess = refining.most_frequent(train_clips, torch.tensor([[[8, 7]] + [[0, 0]] * 8]))
-    assert guess[0].tolist() == [[8, 7]] + [[3 + k, 2 + k] for k in range(8)]

@@ -88,7 +88,7 @@ def test_prompts_that_cannot_be_read_get_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "latin.txt").write_bytes("a waltz in a café\n".encode("latin-1"))
     for name in ("none.txt", "latin.txt"):
         monkeypatch.setattr("sys.argv", ["", "page", "a", "b", "--prompts", str(tmp_path / name)])
-        with pytest.raises(ValueError, match=f"{name} could not be read as prompts"):
+        with pytest.raises(ValueError, match=f"{name} could not be read as UTF-8 text"):
             listening.main()
 
 

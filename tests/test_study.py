@@ -1,12 +1,13 @@
-"""The study's machinery: it goes on where it stopped, and its figures follow from its logs."""
+"""The study: it continues where it stopped, and its figures follow from its logs."""
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_train import TINY
+import torch
 
 import evaluate
 from checkpoint import read_config
@@ -15,7 +16,8 @@ from data import Clips, Writer
 from experiments import study
 from toy.corpus import folder as corpus
 
-OPTIONS = " ".join(TINY)
+OPTIONS = """--blocks 1 --d-model 32 --d-state 8 --headdim 16 --attention-heads 4 --seconds 0.4
+ --crop 0.2 --batch 2 --warmup 2"""
 
 
 @pytest.fixture
@@ -26,23 +28,15 @@ def small(tmp_path, monkeypatch):
     labels[study.NINE] = f"--codebooks 9 {OPTIONS}"
     monkeypatch.setattr(study, "LMS", labels)
     monkeypatch.setattr(study, "REFINERS", {})
-    monkeypatch.setattr(study, "TUNED", {})
-    monkeypatch.setattr(study.Study, "__init__", lambda self: None)
-    made = study.Study()
-    made.size = study.Size("small", 10, 5, 5, seeds=2, count=2, minute=1, valid_clips=2)
-    made.out, made.results, made.sections, made.started = tmp_path, tmp_path / "results", [], 0.0
-    made.data = "toy"
-    made.results.mkdir()
+    monkeypatch.setattr(evaluate, "RESULTS", tmp_path / "results")
+    made = study.Study(quick=True, seeds=2)
+    made.out = tmp_path
+    made.steps, made.every, made.early, made.valid_clips = 10, 2, 4, 2
     return made
 
 
-def test_the_study_is_evaluates():
-    with pytest.raises(ValueError, match="evaluate.py study"):
-        study.one_run([])
-
-
-def test_a_study_trains_goes_on_and_writes_what_came_out(small, tmp_path, capsys):
-    small.train()
+def test_a_study_trains_continues_and_writes_what_came_out(small, tmp_path):
+    study.train_all(small.jobs())
     runs = [tmp_path / f"{variant}-{seed}" for variant in study.VARIANTS for seed in (0, 1)]
     assert [read_config(run / "last")["step"] for run in runs] == [10] * 4
     nine = "simba-9-codebooks"
@@ -51,66 +45,64 @@ def test_a_study_trains_goes_on_and_writes_what_came_out(small, tmp_path, capsys
     whole = (runs[0] / "log.jsonl").read_text()
     stamp = (runs[1] / "log.jsonl").stat().st_mtime_ns
     shutil.rmtree(runs[0])
-    small.train()  # makes again what is missing, and nothing else
+    study.train_all(small.jobs())  # makes again what is missing, and nothing else
     losses = lambda text: [json.loads(line).get("loss") for line in text.splitlines()]
     assert losses((runs[0] / "log.jsonl").read_text()) == losses(whole)
     assert (runs[1] / "log.jsonl").stat().st_mtime_ns == stamp
-    small.data = "elsewhere"
-    with pytest.raises(ValueError, match="was trained on toy, not elsewhere"):
-        small.train()
 
     small.losses()
     small.race()
     small.write()
     page = (small.results / "README.md").read_text()
-    assert "| simba |" in page and "![" in page and "cores, torch" in page
+    assert "| simba |" in page and "![" in page and "cores" in page and "commit" in page
     assert (small.results / "losses.png").stat().st_size > 5000
-    head, _, *lines = (small.results / "losses.csv").read_text().splitlines()
-    assert head.startswith("# ") and "commit" in head
+    _, *lines = (small.results / "losses.csv").read_text().splitlines()
     assert len(lines) == 3 and lines[0].startswith("simba,")
-    last = [valid[-1]["right"] for _, valid in small.runs("simba")]
+    last = [valid[-1]["right"] for _, valid in small.logs("simba")]
     assert f"{np.mean(last)},{min(last)},{max(last)}" in lines[0]
 
 
-def test_what_will_be_heard_is_played_before(small, monkeypatch):
-    asked, played = [], []
-
-    class Pool:
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def map(self, work, *columns):
-            assert work is evaluate.music
-            return [played.append((str(s), tuple(p), t)) for s, p, t in zip(*columns)]
-
-    def measure(systems, judge, task):
-        asked.extend((str(s), tuple(task.prompts["sentence"]), task.seconds) for s in systems)
-        return [], []
-
-    monkeypatch.setattr(study, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(evaluate, "measure", measure)
-    monkeypatch.setattr(study, "read_config", lambda folder: {"model": {"codebooks": 1}})
-    small.captions, small.judge = ["blues", "sad blues"], None
-    small.task = SimpleNamespace(prompts=dict(sentence=small.captions), real=[])
-    small.play()
-    small.hear(small.systems())
-    small.longer()
-    small.merged(small.refined())
-    assert sorted(asked) == sorted(job for job in played if job[2] != 60.0)
-    assert [job[1:] for job in played if job[2] == 60.0] == [(("blues",), 60.0)] * 2
+def test_a_stopped_run_is_resumed(tmp_path, monkeypatch):
+    started = []
+    run = lambda argv, **_: started.append(argv[3:]) or SimpleNamespace(returncode=0)
+    monkeypatch.setattr(study.subprocess, "run", run)
+    for name, step in (("whole", 10), ("stopped", 4)):
+        (tmp_path / name / "last").mkdir(parents=True)
+        (tmp_path / name / "last" / "config.json").write_text(json.dumps(dict(step=step, model={})))
+    jobs = {tmp_path / name: ["--steps", "10"] for name in ("whole", "stopped", "new")}
+    study.train_all(jobs)
+    new = ["--out", str(tmp_path / "new"), "--steps", "10"]
+    assert sorted(started) == [new, ["--resume", str(tmp_path / "stopped")]]
 
 
 def test_a_run_that_fails_is_named(tmp_path):
-    jobs = [["--out", str(tmp_path / "bad"), "--steps", "1", "--blocks", "many"]]
     with pytest.raises(ValueError, match="bad/train.log"):
-        study.in_parallel(jobs)
+        study.train_all({tmp_path / "bad": ["--steps", "1", "--blocks", "many"]})
     assert "blocks" in (tmp_path / "bad" / "train.log").read_text()
+
+
+def test_systems_are_heard_under_their_labels(small, monkeypatch):
+    asked, tables = [], {}
+    row = lambda name: {"heard": evaluate.Cell(len(name))}
+
+    def measure(systems, judge, task):
+        systems = [*systems]
+        asked.append((systems, task.seconds))
+        return {name: row(name) for name in ("real clips", *systems)}
+
+    report = lambda name, title, table, about: tables.setdefault(name, table) and ""
+    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(evaluate, "report", report)
+    monkeypatch.setattr(study, "REFINERS", {"refiner, SSD": ""})
+    small.hear_all()
+    judged, longer, refined, codebooks = asked
+    assert longer[1] == 25.0 and {judged[1], refined[1], codebooks[1]} == {10.0}
+    simba = f"{small.out}/simba-0/best"
+    table = tables["study-quick/judge"]
+    assert table["simba"] == row(f"{simba}+{study.SHIPPED_REFINER}")
+    assert table["simba, new refiner"] == row(f"{simba}+{small.out}/refiner-SSD-0/best")
+    assert table[study.NINE] == row(f"{small.out}/simba-9-codebooks-0/best")
+    assert [*tables["study-quick/codebooks"]][:3] == ["real clips", "1 codebooks", "2 codebooks"]
 
 
 def test_the_race_is_run_between_validations():
@@ -119,32 +111,35 @@ def test_the_race_is_run_between_validations():
     assert study.reached(spent, losses, 2.0) == 20
     assert study.reached(spent, losses, 4.0) == 10
     assert study.reached(spent, losses, 0.5) == np.inf
-
-
-def test_own_tokens_are_the_models_and_all_else_is_the_clips(tmp_path, monkeypatch):
-    monkeypatch.setattr(Clips, "__len__", lambda self: 3)
-    study.own_tokens(tmp_path, corpus())
-    once = (tmp_path / "codes-00000.bin").read_bytes()
-    study.own_tokens(tmp_path, corpus())
-    assert (tmp_path / "codes-00000.bin").read_bytes() == once
-    mine, real = Clips(tmp_path, "train", 9, "toy"), Clips(corpus(), "train", 9)
-    for i in range(3):
-        assert (mine.codes(i)[1:] == real.codes(i)[1:]).all()
-        same = (mine.codes(i)[0] == real.codes(i)[0]).mean()
-        assert 0.3 < same < 0.95, "near the true ones, as they come after true ones"
-    assert len(Clips(tmp_path, "valid", 9)) == 3
+    assert study.reached(spent, np.array([3.0, 1.0, 2.0]), 1.5) == 17.5, "the first time"
 
 
 def test_a_study_of_other_music_is_refused(tmp_path):
     writer = Writer(tmp_path / "mine", load_codec("toy"))
     codes = np.zeros((9, 50), np.uint16)
     writer.add([(codes, dict(split=split, caption="a song")) for split in ("train", "valid")])
-    with pytest.raises(ValueError, match="mine was not made by `toy.py build`"):
-        study.own_tokens(tmp_path / "own", tmp_path / "mine")
-    assert not (tmp_path / "own").exists()
+    with pytest.raises(ValueError, match="mine was not made by `python -m toy build`"):
+        study.Study(data=str(tmp_path / "mine"))
 
 
-def test_figures_without_an_interval_and_without_an_end_are_shown():
-    rows = [("a", {"x": (1.5, None), "y": (np.inf, (0.25, np.inf))}), ("b", {"x": (12.0, None)})]
-    assert evaluate.markdown(rows).splitlines()[2] == "| a | 1.500 | inf [0, inf] |"
-    assert evaluate.sheet(rows).splitlines()[1:] == ["a,1.5,,,inf,0.25,inf", "b,12.0,,,,,"]
+def test_bad_options_get_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study.py", "--seeds", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        study.entry(study.main)
+    assert "--seeds must be in [1, inf), not 0" in capsys.readouterr().err
+
+
+def test_closeness_is_perfect_for_the_truth_and_falls_with_what_is_wrong():
+    codec = load_codec("toy")
+    valid = Clips(corpus(), "valid", 9, codec.name)
+    true = torch.from_numpy(np.stack([valid.codes(i)[:, :200] for i in range(3)]))
+    half, random = true.clone(), torch.randint(1024, true.shape)
+    half[:, 5:] = random[:, 5:]
+    truth, half, sketch = (
+        {column: cell.value for column, cell in study.closeness(codec, true, made).items()}
+        for made in (true, half, true[:, :1])
+    )
+    assert abs(truth["FD"]) < 1e-3 < half["FD"] < sketch["FD"]
+    assert truth["flux"] == pytest.approx(1) and sketch["flux"] < 0.8
+    assert truth["codes 2-9 right"] == 1 and half["code 2 right"] == 1
+    assert half["codes 2-9 right"] == pytest.approx(0.5, abs=0.01)

@@ -1,0 +1,73 @@
+"""The paper's test: MusicCaps prompts without vocals, and MusicGen-small to compare with."""
+
+import numpy as np
+import torch
+from scipy.signal import resample_poly
+from tqdm import tqdm
+
+from audio import SAMPLE_RATE, read_audio
+from paper.captions import mentions_vocals
+from paper.sources import musiccaps_files, read_musiccaps
+
+
+def ask(ruler, codec, table, folder, seconds, count=None) -> dict:
+    """Fields of an evaluate.Task: MusicCaps prompts; the reference is the clips they describe."""
+    count = count or (200 if seconds <= 10 else 50)
+    captions, audio = zip(*choose(table, folder, seconds, count))
+    heard = ruler.listen(tqdm(audio, "real clips", disable=None))
+    codes = [codec.encode(a[None])[0].numpy() for a in audio]  # (K, T), some a frame shorter
+    shortest = min(c.shape[1] for c in codes)
+    return dict(
+        name="musiccaps",
+        about=f"{count} MusicCaps prompts without vocal terms; reference: the clips they describe",
+        prompts={"captions": [*captions]},
+        codes=np.stack([c[:, :shortest] for c in codes]),
+        real=heard,
+        reference=torch.cat([*heard.frames]),
+    )
+
+
+def choose(table, folder, seconds, count, seed=0):
+    """A seeded choice of clips whose captions have no vocal terms -> [(caption, audio (S,))].
+
+    table: musiccaps-public.csv, with columns ytid and caption; folder: audio files named by the
+    ytid, as downloaders write them. A clip that is more than 0.1 s too short is left out.
+    ValueError if there are fewer than `count`.
+    """
+    files = musiccaps_files(folder)
+    captions = {k: c for k, c in read_musiccaps(table).items() if not mentions_vocals(c)}
+    rows = [(caption, files[ytid]) for ytid, caption in captions.items() if ytid in files]
+    chosen = []
+    for i in np.random.default_rng(seed).permutation(len(rows)):
+        caption, file = rows[i]
+        audio = read_audio(file)[0, : round(seconds * SAMPLE_RATE)]
+        if len(audio) > (seconds - 0.1) * SAMPLE_RATE:
+            chosen.append((caption, audio))
+        if len(chosen) == count:
+            return chosen
+    raise ValueError(
+        f"{folder} has {len(chosen)} clips of {seconds:g} s whose captions in {table} name no"
+        f" vocals, not {count}: download more, or ask for fewer with --count"
+    )
+
+
+def musicgen(name, prompts, seconds, seeds):
+    """MusicGen-small with its authors' settings -> yields (audio (S,), no tokens)."""
+    from transformers import AutoProcessor, MusicgenForConditionalGeneration
+
+    try:
+        model = MusicgenForConditionalGeneration.from_pretrained(f"facebook/{name}").eval()
+        processor = AutoProcessor.from_pretrained(f"facebook/{name}")
+    except OSError:
+        raise ValueError(
+            f"no weights of {name}: `huggingface-cli download facebook/{name}` fetches them from"
+            f" https://huggingface.co/facebook/{name}"
+        ) from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = dict(do_sample=True, guidance_scale=3.0, top_k=250)
+    for prompt, seed in zip(prompts, seeds):
+        torch.manual_seed(seed)
+        inputs = processor(text=[prompt], padding=True, return_tensors="pt").to(device)
+        tokens = round(50 * seconds)
+        audio = model.to(device).generate(**inputs, **options, max_new_tokens=tokens)
+        yield resample_poly(audio[0, 0].float().cpu().numpy(), 441, 320), None

@@ -1,0 +1,79 @@
+"""What evaluate.py asks in the toy world: prompts from held-out clips, and whether each is met."""
+
+import re
+
+import numpy as np
+import torch
+
+from data import Clips
+from text import TextEncoder
+from toy import corpus, songbook, words
+from toy.judge import FACTORS, heard_in_real_clips, in_time, right
+
+CAPTIONS = ("words", "sentence", "paragraph")
+TEMPLATES = {"bpm": "{genre} at {tempo} bpm", "genre": "{genre}"}
+KINDS = ("sentence", "words", "paragraph", *TEMPLATES)
+SAMPLES = 4  # of one prompt, for diversity
+
+
+def ask(codec, count, kinds=KINDS[:3]) -> dict:
+    """Fields of an evaluate.Task. The prompts describe `count` held-out clips; the other held-out
+    clips are the reference. Their audio does not ship, but what the judge heard in it does."""
+    valid = Clips(corpus.folder(), "valid", codec.codebooks, codec.name)
+    factors = [row["factors"] for row in Clips(corpus.folder(), "valid", 1).rows]
+    heard = heard_in_real_clips()
+    count = min(count, len(valid))
+    prompts = {}
+    for kind in kinds:
+        if kind in TEMPLATES:
+            prompts[kind] = [TEMPLATES[kind].format(**f) for f in factors[:count]]
+        else:
+            draws = [np.random.default_rng([CAPTIONS.index(kind), i]) for i in range(count)]
+            prompts[kind] = [words.caption(f, rng, kind) for f, rng in zip(factors, draws)]
+    alike = {}  # held-out clips that one prompt of mood and genre describes
+    for i, f in enumerate(factors):
+        if f["rhythm"] is None:  # no mixture of genres
+            alike.setdefault(f"{f['mood']} {f['genre']}", []).append(i)
+    alike = [(prompt, rows[:SAMPLES]) for prompt, rows in alike.items() if len(rows) >= SAMPLES]
+    return dict(
+        name="toy",
+        about=f"{count} held-out clips; reference: the other {len(factors) - count} held-out clips",
+        prompts=prompts,
+        codes=np.stack([valid.codes(i, 0, 862) for i in range(count)]),
+        real=heard.of(range(count)),
+        reference=torch.cat(heard.of(range(count, len(factors))).frames),
+        factors=factors[:count],
+        repeated={prompt: heard.of(rows).embedding for prompt, rows in alike[:8]},
+        training=Clips(corpus.folder(), "train", 1),
+    )
+
+
+def as_asked(logits, factors, captions=None) -> dict:
+    """Does the judge hear what was asked for? -> {factor: bools of the clips for which it counts}.
+
+    logits {factor: (N, choices)}, factors and captions of N clips. A factor counts where the
+    caption names it; without captions, everywhere.
+    """
+    said = [FACTORS["tempo"][i] for i in logits["tempo"].argmax(1)]
+    octaves = [in_time(f["tempo"], tempo) for f, tempo in zip(factors, said)]
+    verdicts = right(logits, factors) | {"tempo, half or double": np.array(octaves)}
+    everywhere = np.ones(len(factors), bool)
+    named = mentioned(captions, factors) if captions else {}
+    counts = {factor: named.get(factor.split(",")[0], everywhere) for factor in verdicts}
+    # Of a mixture the judge hears the genre that lends the rhythm.
+    counts["genre"] = counts["genre"] & [f["rhythm"] is None for f in factors]
+    return {factor: values[counts[factor]] for factor, values in verdicts.items()}
+
+
+def mentioned(captions, factors):
+    """Which captions name each factor: {factor: (N,) of bool}."""
+    texts = [c.lower() for c in captions]
+    uses = lambda lists: np.array([any(w in t for w in ws) for t, ws in zip(texts, lists)])
+    said = lambda pattern: np.array([bool(re.search(pattern, t)) for t in texts])
+    return {
+        "genre": uses([[*songbook.GENRES[f["genre"]].words, f["genre"]] for f in factors]),
+        "lead": np.array([words.names_lead(t, f) for t, f in zip(texts, factors)]),
+        "tempo": said(TextEncoder.TEMPO),
+        "key": said(r"\b[a-g](#|b| sharp| flat)? (major|minor)\b"),
+        "mood": uses([songbook.MOODS[f["mood"]].words for f in factors]),
+    }
