@@ -20,6 +20,7 @@ Papers: the models are those of arXiv 2601.14786 ("SSMTTM" below), Fig. 1. Mamba
 from arXiv 2405.21060 ("SSD paper"). The delay pattern is MusicGen's, arXiv 2306.05284.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,7 +67,6 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None):
     return y, state
 
 
-@ssd_kernel.nan_stays_causal
 def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     """The same function as `ssd_recurrent`, by matrix products over chunks of Q frames.
 
@@ -125,6 +125,28 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     if D is not None:
         y = y + D[:, None].to(x.dtype) * x[:, :L]
     return y, state
+
+
+def nan_stays_causal(scan):
+    """Keeps a NaN or an inf in a frame out of the outputs and gradients of earlier frames. A matrix
+    product multiplies masked entries by zero, and 0 * NaN is NaN. So from such a frame on the scan
+    sees zeros, and its outputs become NaN. `ssd_kernel.ssd` does the same by itself."""
+
+    @functools.wraps(scan)
+    def contained(x, dt, A, B, C, *rest, **options):
+        good = ssd_kernel.good_frames(x, dt, B, C)  # (B, L)
+        if type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling() and good.all():
+            return scan(x, dt, A, B, C, *rest, **options)  # asking is cheaper than copying
+        dt, B, C = (torch.where(good[..., None], v, 0) for v in (dt, B, C))
+        x = torch.where(good[..., None, None], x, 0)
+        y, state = scan(x, dt, A, B, C, *rest, **options)
+        y = torch.where(good[..., None, None], y, torch.nan)
+        return y, torch.where(good.all(1)[:, None, None, None], state, torch.nan)
+
+    return contained
+
+
+ssd_chunked = nan_stays_causal(ssd_chunked)
 
 
 def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):

@@ -15,6 +15,7 @@ Letters are model.py's: B batch, L length, H heads, P headdim, N d_state, Q chun
     BLOCK_P, BLOCK_N         rows and columns of a tile of the state
     OWN_FRAMES, LOOP_FRAMES  frames that a program owns, and that it reads per iteration
     PARTS                    partial sums of a decay's gradient
+    good                     frames before the first NaN or inf; later ones count as missing
 """
 
 from __future__ import annotations  # the kernels name types of Triton, which may be missing
@@ -102,7 +103,7 @@ def place():
 
 @jit
 def states_kernel(
-    v, w, dt, a, first, states, last, S, GS, L, chunks,
+    v, w, dt, a, first, states, last, S, GS, good, L, chunks,
     H: constexpr, P: constexpr, N: constexpr, Q: constexpr, BLOCK_P: constexpr, BLOCK_N: constexpr,
     LOOP_FRAMES: constexpr, REVERSE: constexpr,
 ):  # fmt: skip
@@ -110,6 +111,7 @@ def states_kernel(
     tile, h, b = place()
     p = tl.arange(0, BLOCK_P)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    length = tl.load(good + b)
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if first is not None:
         state += load(first + (b * H + h) * P * N, p, n, N, P, N)
@@ -126,9 +128,11 @@ def states_kernel(
             weight = decay(a + bch * Q, j, Q, not REVERSE)
             if not REVERSE:
                 weight *= tl.load(dt + bch * Q + j)
-            vs = load(v + (t * H + h) * P, j, p, H * P, L - c * Q, P)  # (LOOP_FRAMES, BLOCK_P)
-            ws = load(w + t * N, j, n, N, L - c * Q, N)  # (LOOP_FRAMES, BLOCK_N)
+            vs = load(v + (t * H + h) * P, j, p, H * P, length - c * Q, P)  # (LOOP_FRAMES, BLOCK_P)
+            ws = load(w + t * N, j, n, N, length - c * Q, N)  # (LOOP_FRAMES, BLOCK_N)
             state = dot(tl.trans((vs * weight[:, None]).to(vs.dtype)), ws, state)
+    if not REVERSE:
+        state += tl.where(length < L, float("nan"), 0.0)
     store(last + (b * H + h) * P * N, p, n, N, P, N, state)
 
 
@@ -146,14 +150,14 @@ def states_kernel(
 
 @jit
 def output_kernel(
-    v, w, dt, a, CB, states, D, out, x, ddt, dD, L, chunks,
+    v, w, dt, a, CB, states, D, out, x, ddt, dD, good, L, chunks,
     H: constexpr, P: constexpr, N: constexpr, Q: constexpr, BLOCK_P: constexpr, BLOCK_N: constexpr,
     OWN_FRAMES: constexpr, LOOP_FRAMES: constexpr, START_IS_ZERO: constexpr, REVERSE: constexpr,
 ):  # fmt: skip
     tile, h, bc = place()
     c = bc % chunks
     t = bc // chunks * L + c * Q  # the chunk's first frame in memory
-    left = L - c * Q  # frames from there to the sequence's end
+    left = tl.load(good + bc // chunks) - c * Q  # good frames from there on
     bch = bc * H + h
     v += (t * H + h) * P
     a += bch * Q
@@ -185,7 +189,9 @@ def output_kernel(
         tl.store(ddt + bch * Q + i, tl.sum(xs * y, 1))
         tl.store(dD + bch * Q + i, tl.sum(xs * vs, 1))
         y *= tl.load(dt + i)[:, None]
-    store(out + (t * H + h) * P, i, p, H * P, left, P, y + tl.load(D + h) * vs)
+    else:
+        y += tl.where(i < left, 0.0, float("nan"))[:, None]
+    store(out + (t * H + h) * P, i, p, H * P, L - c * Q, P, y + tl.load(D + h) * vs)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,7 +208,7 @@ def output_kernel(
 
 @jit
 def dcb_kernel(
-    dy, x, dt, a, CB, dCB, parts, L, chunks,
+    dy, x, dt, a, CB, dCB, parts, good, L, chunks,
     H: constexpr, P: constexpr, Q: constexpr, BLOCK_P: constexpr, OWN_FRAMES: constexpr,
     PARTS: constexpr,
 ):  # fmt: skip
@@ -211,6 +217,7 @@ def dcb_kernel(
         return
     c = bc % chunks
     t = bc // chunks * L + c * Q
+    left = tl.load(good + bc // chunks) - c * Q
     i = i_tile * OWN_FRAMES + tl.arange(0, OWN_FRAMES)
     j = j_tile * OWN_FRAMES + tl.arange(0, OWN_FRAMES)
     scores = load(CB + bc * Q * Q, i, j, Q, Q, Q)
@@ -220,8 +227,8 @@ def dcb_kernel(
         each = tl.zeros((OWN_FRAMES, OWN_FRAMES), tl.float32)
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
-            dys = load(dy + (t * H + h) * P, i, p, H * P, L - c * Q, P)  # (OWN_FRAMES, BLOCK_P)
-            xs = load(x + (t * H + h) * P, j, p, H * P, L - c * Q, P)
+            dys = load(dy + (t * H + h) * P, i, p, H * P, left, P)  # (OWN_FRAMES, BLOCK_P)
+            xs = load(x + (t * H + h) * P, j, p, H * P, left, P)
             each = dot(dys, tl.trans(xs), each)
         each *= decay_between(a + bch * Q, i, j) * tl.load(dt + bch * Q + j)[None, :]
         each = tl.where(i[:, None] >= j[None, :], each, 0.0)
@@ -248,14 +255,14 @@ def dcb_kernel(
 
 @jit
 def dbc_kernel(
-    v, own, other, dt, a, states, dCB, out, parts, L, chunks,
+    v, own, other, dt, a, states, dCB, out, parts, good, L, chunks,
     H: constexpr, P: constexpr, N: constexpr, Q: constexpr, BLOCK_P: constexpr, BLOCK_N: constexpr,
     OWN_FRAMES: constexpr, LOOP_FRAMES: constexpr, PARTS: constexpr, REVERSE: constexpr,
 ):  # fmt: skip
     i_tile, n_tile, bc = place()
     c = bc % chunks
     t = bc // chunks * L + c * Q
-    left = L - c * Q
+    left = tl.load(good + bc // chunks) - c * Q
     i = i_tile * OWN_FRAMES + tl.arange(0, OWN_FRAMES)
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     mine = load(own + t * N, i, n, N, left, N)
@@ -281,7 +288,7 @@ def dbc_kernel(
         others = load(other + t * N, j, n, N, left, N)  # (LOOP_FRAMES, BLOCK_N)
         weights = pairs(dCB + bc * Q * Q, i, j, Q, REVERSE)
         total = dot(weights.to(others.dtype), others, total)
-    store(out + t * N, i, n, N, left, N, total)
+    store(out + t * N, i, n, N, L - c * Q, N, total)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -391,16 +398,18 @@ def _launch(kernel, grid, tensor, *args, **constants):
         kernel[grid](tensor, *args, **constants)
 
 
-def _prepare(x, dt, A, B, C, Q):
+def _prepare(x, dt, A, B, C, good, Q):
     """The kernels' constants, dt and a (B,c,H,Q) in fp32, and C . B^T (B,c,Q,Q), zero beyond L."""
     L, N = B.shape[1:]
     on = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
     limits = (on.shared_memory_per_block_optin, on.major) if on else (0, 0)
     config = configurations(STATE_DTYPE or x.dtype, *x.shape[2:], N, Q, *limits)
-    # Frames beyond L get dt = 0, at which the state stays as it is. The sum starts again in every
-    # chunk: over the whole sequence it would lose the digits of its small differences. A GPU's
-    # exponential is that of base 2, hence a in units of log 2.
+    # Frames that are missing get dt = 0, at which the state stays as it is. The sum starts again in
+    # every chunk: over the whole sequence it would lose the digits of its small differences. A
+    # GPU's exponential is that of base 2, hence a in units of log 2.
     dt = F.pad(dt, (0, 0, 0, Q if L == 0 else -L % Q))
+    missing = torch.arange(dt.shape[1], device=dt.device) >= good[:, None]  # (B, c Q)
+    dt = dt.masked_fill(missing[..., None], 0)
     dt = dt.unflatten(1, (-1, Q)).transpose(2, 3).contiguous()
     a = (dt * (A / math.log(2))[:, None]).cumsum(-1)
     # First whole chunks, then the rest, so that B and C are not copied.
@@ -409,10 +418,10 @@ def _prepare(x, dt, A, B, C, Q):
     B_whole, C_whole = (v[:, : whole * Q].unflatten(1, (whole, Q)) for v in (B, C))
     CB[:, :whole] = C_whole @ B_whole.mT
     CB[:, whole:, : L % Q, : L % Q] = (C[:, whole * Q :] @ B[:, whole * Q :].mT)[:, None]
-    return config, dt, a, CB
+    return config, dt, a, CB.masked_fill_(missing.view(len(B), -1, Q, 1), 0)
 
 
-def _states(v, w, dt, a, first, config, S=None):
+def _states(v, w, dt, a, first, good, config, S=None):
     """(2), or (4) if S is given: the state entering each chunk (B,c,H,P,N), the last, <G, S>."""
     b, L, H, P = v.shape
     chunks, N = a.shape[1], w.shape[-1]
@@ -420,28 +429,29 @@ def _states(v, w, dt, a, first, config, S=None):
     states = v.new_empty(b, chunks, H, P, N, dtype=STATE_DTYPE or v.dtype)
     last = v.new_empty(b, H, P, N, dtype=torch.float32)
     GS = v.new_empty(b, chunks, H, tiles, dtype=torch.float32)
-    args = v, w, dt, a, first, states, last, S, GS, L, chunks
+    args = v, w, dt, a, first, states, last, S, GS, good, L, chunks
     _launch(states_kernel, (tiles, H, b), *args, **config["states"], REVERSE=S is not None)
     return states, last, GS.sum(-1)
 
 
 @torch.library.custom_op("ssd::forward", mutates_args=())
 def ssd_forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, first: Tensor | None, Q: int
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, first: Tensor | None,
+    good: Tensor, Q: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `ssd`, contiguous, x, B and C of one dtype, the rest fp32; also the entering states."""
-    config, dt, a, CB = _prepare(x, dt, A, B, C, Q)
+    config, dt, a, CB = _prepare(x, dt, A, B, C, good, Q)
     b, chunks, H, Q = a.shape
-    states, last, _ = _states(x, B, dt, a, first, config)
+    states, last, _ = _states(x, B, dt, a, first, good, config)
     y = torch.empty_like(x)
     constants = config["output"] | dict(START_IS_ZERO=first is None, REVERSE=False)
-    args = x, C, dt, a, CB, states, D, y, None, None, None, x.shape[1], chunks
+    args = x, C, dt, a, CB, states, D, y, None, None, None, good, x.shape[1], chunks
     _launch(output_kernel, (Q // constants["OWN_FRAMES"], H, b * chunks), *args, **constants)
     return y, last, states
 
 
 @ssd_forward.register_fake
-def _(x, dt, A, B, C, D, first, Q):
+def _(x, dt, A, B, C, D, first, good, Q):
     b, L, H, P = x.shape
     last = x.new_empty(b, H, P, B.shape[-1], dtype=torch.float32)
     states = last.new_empty(b, max(1, -(-L // Q)), *last.shape[1:], dtype=STATE_DTYPE or x.dtype)
@@ -451,26 +461,26 @@ def _(x, dt, A, B, C, D, first, Q):
 @torch.library.custom_op("ssd::backward", mutates_args=())
 def ssd_backward(
     dy: Tensor, dlast: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor, first: Tensor | None, S: Tensor | None, Q: int,
+    D: Tensor, first: Tensor | None, good: Tensor, S: Tensor | None, Q: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx, ddt, dA, dB, dC, dD, dfirst, each with its tensor's shape."""
-    config, dt, a, CB = _prepare(x, dt, A, B, C, Q)
+    config, dt, a, CB = _prepare(x, dt, A, B, C, good, Q)
     L, (b, chunks, H, Q) = x.shape[1], a.shape
-    S = _states(x, B, dt, a, first, config)[0] if S is None else S
-    G, dfirst, GS = _states(dy, C, dt, a, dlast, config, S)
+    S = _states(x, B, dt, a, first, good, config)[0] if S is None else S
+    G, dfirst, GS = _states(dy, C, dt, a, dlast, good, config, S)
     dx, dB, dC, dCB, direct, dD = map(torch.empty_like, (x, B, C, CB, dt, dt))
     constants = config["output"] | dict(START_IS_ZERO=dlast is None, REVERSE=True)
-    args = dy, B, dt, a, CB, G, D, dx, x, direct, dD, L, chunks
+    args = dy, B, dt, a, CB, G, D, dx, x, direct, dD, good, L, chunks
     _launch(output_kernel, (Q // constants["OWN_FRAMES"], H, b * chunks), *args, **constants)
     parts = dt.new_empty(b, chunks, H, config["dbc"]["PARTS"], Q)  # of da: pairs, dC, dB
     tiles = Q // config["dcb"]["OWN_FRAMES"]
-    args = dy, x, dt, a, CB, dCB, parts, L, chunks
+    args = dy, x, dt, a, CB, dCB, parts, good, L, chunks
     _launch(dcb_kernel, (tiles, tiles, b * chunks), *args, **config["dcb"])
     columns = triton.cdiv(B.shape[-1], config["dbc"]["BLOCK_N"])
     grid = Q // config["dbc"]["OWN_FRAMES"], columns, b * chunks
-    args = dy, C, B, dt, a, S, dCB, dC, parts[..., tiles:, :], L, chunks
+    args = dy, C, B, dt, a, S, dCB, dC, parts[..., tiles:, :], good, L, chunks
     _launch(dbc_kernel, grid, *args, **config["dbc"], REVERSE=False)
-    args = x, B, C, dt, a, G, dCB, dB, parts[..., tiles + columns :, :], L, chunks
+    args = x, B, C, dt, a, G, dCB, dB, parts[..., tiles + columns :, :], good, L, chunks
     _launch(dbc_kernel, grid, *args, **config["dbc"], REVERSE=True)
 
     # The gradient of frame k's decay, dt_k A: that of all e^{a_i} and e^{a_i - a_j} with
@@ -484,7 +494,7 @@ def ssd_backward(
 
 
 @ssd_backward.register_fake
-def _(dy, dlast, x, dt, A, B, C, D, first, S, Q):
+def _(dy, dlast, x, dt, A, B, C, D, first, good, S, Q):
     dfirst = x.new_empty(x.shape[0], *x.shape[2:], B.shape[-1], dtype=torch.float32)
     return *map(torch.empty_like, (x, dt, A, B, C, A)), dfirst
 
@@ -500,7 +510,7 @@ def _differentiate(ctx, dy, dlast, _):
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     *grads, dfirst = ssd_backward(dy, dlast, *ctx.saved_tensors, ctx.Q)
-    return *grads, None if first is None else dfirst, None
+    return *grads, None if first is None else dfirst, None, None
 
 
 ssd_forward.register_autograd(_differentiate, setup_context=_save)
@@ -554,28 +564,13 @@ def available(x):
     return obstacle(x.device) is None and x.dtype in DTYPES and x.shape[-1] <= 128
 
 
-def nan_stays_causal(scan):
-    """Keeps a NaN or an inf in a frame out of the outputs and gradients of earlier frames. A matrix
-    product multiplies masked entries by zero, and 0 * NaN is NaN. So the scan sees zeros in such a
-    frame, and its outputs become NaN from that frame on."""
-
-    @functools.wraps(scan)
-    def contained(x, dt, A, B, C, *rest, **options):
-        sums = (v.detach().sum(2, dtype=torch.float32) for v in (x.flatten(2), dt, B, C))
-        poison = 0 * sum(sums)[..., None]  # (B, L, 1): 0, or NaN at a bad frame
-        good = poison == 0
-        if type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling() and good.all():
-            return scan(x, dt, A, B, C, *rest, **options)  # asking is cheaper than copying
-        dt, B, C = (torch.where(good, v, 0) for v in (dt, B, C))
-        x = torch.where(good[..., None], x, 0)
-        y, state = scan(x, dt, A, B, C, *rest, **options)
-        poison = poison.cumsum(1)[..., None]  # (B, L, 1, 1)
-        return y + poison.to(y.dtype), state + poison.sum(1, keepdim=True)
-
-    return contained
+def good_frames(x, dt, B, C):
+    """(B, L): whether all numbers of a frame and of those before it are finite. Later frames count
+    as missing, and have NaN outputs: masked entries of a matrix product do not hide a NaN."""
+    sums = sum(v.detach().sum(2, dtype=torch.float32) for v in (x.flatten(2), dt, B, C))
+    return sums.isfinite().cumprod(1).bool()
 
 
-@nan_stays_causal
 def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     """The SSD by the kernels above: y and the final state, as `model.ssd_recurrent` defines them.
 
@@ -593,5 +588,6 @@ def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     x, B, C = (v.to(x.dtype).contiguous() for v in (x, B, C))
     dt, A, D = (v.float().contiguous() for v in (dt, A, D))
     first = None if initial_state is None else initial_state.float().contiguous()
+    good = good_frames(x, dt, B, C).sum(1, dtype=torch.int32)
     Q = max(16, 1 << (min(chunk, x.shape[1]) - 1).bit_length())
-    return ssd_forward(x, dt, A, B, C, D, first, Q)[:2]
+    return ssd_forward(x, dt, A, B, C, D, first, good, Q)[:2]

@@ -33,6 +33,7 @@ def kernels(dtype, P, N, arch):
     c = k.configurations(dtype, H, P, N, 256, SHARED_MEMORY[arch], arch // 10)
     names = "v w x dy own other CB dCB states S out zxBCdt y".split()
     types = dict.fromkeys(names, TYPES[dtype]) | {"L": "i32", "chunks": "i32", "eps": "fp32"}
+    types["good"] = "*i32"
     nothing = lambda names: dict.fromkeys(names.split())
     step = dict(H=H, P=P, N=N, TAPS=4, num_warps=8, num_stages=3)
     BLOCK_N, BLOCK = (triton.next_power_of_2(n) for n in (N, H * P + 2 * N))

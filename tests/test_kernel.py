@@ -97,7 +97,8 @@ def test_an_unknown_dtype_is_reported_in_one_sentence():
 
 def test_opcheck_of_the_scan():
     args = cast(inputs(5, B=1, L=20, H=2), *KERNEL[1:3])
-    torch.library.opcheck(ssd_kernel.ssd_forward, [*args.values(), 16])
+    good = torch.tensor([20], dtype=torch.int32, device=KERNEL.device)
+    torch.library.opcheck(ssd_kernel.ssd_forward, [*args.values(), good, 16])
 
 
 def test_opcheck_of_the_step():
