@@ -13,6 +13,8 @@ import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import torch
+
 from audio import under_another_name, write_text
 from model import LMConfig, MusicLM
 from text import TextEncoder
@@ -159,3 +161,51 @@ def weights_file(folder):
 def is_authors(path) -> bool:
     """Whether a checkpoint is a file of the paper's authors, by its name."""
     return Path(path).suffix in (".ckpt", ".pt", ".pth") and Path(path).is_file()
+
+
+# ------------------------------------------------------------------------------------------------
+# What --resume needs
+#
+# trainer.safetensors alone is enough to continue a run exactly, so that replacing this one file
+# replaces the checkpoint: the trained weights ("trained."), AdamW's moments, the averaged weights
+# ("kept."), and as metadata the step, the best loss and a fingerprint of the data.
+
+
+def save_trainer(folder, parameters, optimizer, averaged, about, processes):
+    """parameters: {name: parameter} that are trained; averaged: torch's AveragedModel, or None;
+    about: numbers and strings; processes: all of a run's take part, the first one writes."""
+    tensors = {}
+    for name, p in parameters.items():
+        tensors[f"trained.{name}"] = processes.whole(p)
+        for key, v in optimizer.state.get(p, {}).items():  # empty before the first step
+            tensors[f"{key}.{name}"] = processes.whole(v)
+    if averaged:
+        tensors |= {f"kept.{k}": v for k, v in averaged.module.state_dict().items()}
+    if processes.rank == 0:
+        about = {"about": json.dumps(about)}
+        write_tensors(Path(folder) / "trainer.safetensors", tensors, about)
+
+
+@torch.no_grad()
+def load_trainer(folder, parameters, optimizer, averaged, processes) -> dict:
+    """Fills what `save_trainer` was given -> its `about`. ValueError if the file does not fit."""
+    from safetensors import safe_open
+
+    file = Path(folder) / "trainer.safetensors"
+    tensors = read_tensors(file)
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads(opened.metadata()["about"])
+        for name, p in parameters.items():
+            p.copy_(processes.share_of(tensors[f"trained.{name}"].to(p.device), p))
+            for key in ("exp_avg", "exp_avg_sq"):
+                if (v := tensors.get(f"{key}.{name}")) is not None:
+                    optimizer.state[p][key] = processes.share_of(v.to(p.device), p)
+                    optimizer.state[p]["step"] = tensors[f"step.{name}"]
+        if averaged:
+            kept = averaged.module
+            kept.load_state_dict({k: tensors[f"kept.{k}"] for k in kept.state_dict()})
+            averaged.n_averaged.fill_(about["step"])  # at 0 an update would replace the average
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file} does not fit the run ({error!r})") from None
+    return about

@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -39,11 +38,11 @@ from audio import FRAME_RATE, lock_folder, write_text
 from checkpoint import (
     load_checkpoint,
     load_text_encoder,
+    load_trainer,
     read_config,
     read_model_config,
-    read_tensors,
     save_checkpoint,
-    write_tensors,
+    save_trainer,
 )
 from codec import load_codec
 from data import Clips
@@ -435,7 +434,7 @@ def seen_before(step, config):
 
 
 def share(step, config, rank, ranks):
-    """A process's part of a step -> micro-batches [(number of the first sample, samples, frames)]"""
+    """A process's part of a step -> micro-batches [(first sample, samples, frames)]"""
     frames, batch = shape_at(step, config)
     first = seen_before(step, config)[0]
     total = batch * config.accumulate
@@ -465,14 +464,9 @@ def prefetched(data, config, first_step, processes, ahead=2):
 
 
 class OneProcess:
-    """What training needs to know of its processes, for one of them; paper/distributed.py has the
-    same for several."""
+    """The processes of a run that has one; paper/distributed.py has the same for several."""
 
     rank, ranks = 0, 1
-
-    def __init__(self, device):
-        self.device = device
-
     first_rank_first = nullcontext
     wrap = staticmethod(lambda objective, fsdp: objective)
     averaging = staticmethod(lambda objective, last: nullcontext())
@@ -480,6 +474,9 @@ class OneProcess:
     whole = staticmethod(lambda v: v)
     share_of = staticmethod(lambda v, p: v)
     end = staticmethod(lambda: None)
+
+    def __init__(self, device):
+        self.device = device
 
 
 def join_processes(device_name):
@@ -496,16 +493,11 @@ def join_processes(device_name):
     return Processes(device)
 
 
-# ----------------------------------------------------------------- the optimizer, and its state ----
+# ------------------------------------------------------------------------ the optimizer's part ----
 
 
 class Trainer:
-    """The optimizer, the averaged weights if any, and their way to disk and back.
-
-    last/trainer.safetensors holds all that resuming needs, so that replacing this one file replaces
-    a checkpoint: the trained weights ("trained.") by name, the averaged ones ("kept."), AdamW's
-    moments, and as metadata the step, the best loss and a fingerprint of the data.
-    """
+    """The optimizer, the averaged weights if any, and the run's checkpoints."""
 
     def __init__(self, objective, config, run, data, processes):
         self.objective = objective
@@ -523,7 +515,17 @@ class Trainer:
         self.optimizer = make_optimizer(objective, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if data.resuming:
-            self.load(run / "last" / "trainer.safetensors")
+            about = load_trainer(run / "last", *self.parts(), processes)
+            if about["data"] != data.fingerprint:
+                raise ValueError(
+                    f"{data.folder} has changed since {run} began: restore it, or start a new run "
+                    f"with --init-from {run}/best"
+                )
+            self.step = about["step"]
+            self.best = about["best"]
+
+    def parts(self):
+        return trained_parameters(self.objective), self.optimizer, self.averaged
 
     def update(self):
         self.optimizer.step()
@@ -545,57 +547,16 @@ class Trainer:
         if "sampling" in self.data.origin:  # it plays with the options of what it started from
             extra["sampling"] = self.data.origin["sampling"]
         weights = {k: self.processes.whole(v) for k, v in self.kept.state_dict().items()}
-        tensors = self.tensors() if name == "last" else None
-        if self.processes.rank > 0:
-            return
         about = dict(step=self.step, best=self.best, data=self.data.fingerprint)
         try:
-            save_checkpoint(folder, self.kept, self.objective.encoder, extra, weights=weights)
-            if tensors:
-                file = folder / "trainer.safetensors"
-                write_tensors(file, tensors, {"about": json.dumps(about)})
+            if self.processes.rank == 0:
+                save_checkpoint(folder, self.kept, self.objective.encoder, extra, weights=weights)
+            if name == "last":
+                save_trainer(folder, *self.parts(), about, self.processes)
         except OSError as error:
             raise ValueError(
                 f"{error}: make room, then continue with `python train.py --resume {self.run}`"
             ) from None
-
-    def tensors(self):
-        """What trainer.safetensors holds."""
-        whole = self.processes.whole
-        tensors = {}
-        for name, p in trained_parameters(self.objective).items():
-            tensors[f"trained.{name}"] = whole(p)
-            for key, v in self.optimizer.state.get(p, {}).items():  # empty before the first step
-                tensors[f"{key}.{name}"] = whole(v)
-        if self.averaged:
-            tensors |= {f"kept.{k}": v for k, v in self.kept.state_dict().items()}
-        return tensors
-
-    @torch.no_grad()
-    def load(self, file):
-        tensors, about = read_tensors(file), read_about(file)
-        if about["data"] != self.data.fingerprint:
-            raise ValueError(
-                f"{self.data.folder} has changed since {self.run} began: restore it, or start a "
-                f"new run with --init-from {self.run}/best"
-            )
-        for name, p in trained_parameters(self.objective).items():
-            p.copy_(self.processes.share_of(tensors[f"trained.{name}"].to(p.device), p))
-            for key in ("exp_avg", "exp_avg_sq"):
-                if (v := tensors.get(f"{key}.{name}")) is not None:
-                    self.optimizer.state[p][key] = self.processes.share_of(v.to(p.device), p)
-                    self.optimizer.state[p]["step"] = tensors[f"step.{name}"]
-        if self.averaged:
-            self.kept.load_state_dict({k: tensors[f"kept.{k}"] for k in self.kept.state_dict()})
-            self.averaged.n_averaged.fill_(about["step"])  # at 0 an update would replace them
-        self.step = about["step"]
-        self.best = about["best"]
-
-
-def read_about(file):
-    """The metadata of a trainer.safetensors"""
-    with safe_open(file, "pt") as opened:
-        return json.loads(opened.metadata()["about"])
 
 
 def make_optimizer(objective, config):
@@ -647,8 +608,8 @@ def validate(model, objective, data, config):
             rows = range(i, min(i + 8, count))
             codes = np.stack([clips.codes(j, 0, frames) for j in rows])
             codes = torch.from_numpy(codes).to(next(model.parameters()).device)
-            codes, words = windows(codes, [texts[j] for j in rows], window)
-            codes, words = without_padding(codes, words, model.config.codebook_size)
+            padding = model.config.codebook_size
+            codes, words = windows(codes, [texts[j] for j in rows], window, padding)
             measure = refiner_sums if objective.codec else lm_sums
             for name, (total, number) in measure(model, objective, codes, words, seed=i).items():
                 total_before, number_before = sums.get(name, (0.0, 0))
@@ -681,17 +642,13 @@ def refiner_sums(refiner, objective, codes, captions, seed):
     return sums
 
 
-def windows(codes, captions, window):
-    """Clips (B,K,L) -> their whole windows (n B, K, window) and the captions of those."""
-    n = max(codes.shape[2] // window, 1)
-    parts = codes[:, :, : n * window].chunk(n, 2)
-    return torch.cat(parts), captions * n
-
-
-def without_padding(codes, captions, padding):
-    """Leaves out windows that are all padding, of clips shorter than the others."""
+def windows(codes, captions, window, padding):
+    """Clips (B,K,L) -> their whole windows (n, K, window) and the captions of those; windows of
+    nothing but padding, of shorter clips, are left out."""
+    count = max(codes.shape[2] // window, 1)
+    codes = torch.cat(codes[:, :, : count * window].chunk(count, 2))
     real = (codes[:, 0] != padding).any(1)
-    return codes[real], [text for text, keep in zip(captions, real.tolist()) if keep]
+    return codes[real], [text for text, keep in zip(captions * count, real.tolist()) if keep]
 
 
 class Log:

@@ -281,9 +281,11 @@ def test_a_refiner_is_validated_on_windows():
     assert (text[::2] == text[0]).all() and (text[1::2] == text[1]).all()
     assert (text[0] != text[1]).any()
     codes = torch.arange(2 * 130).view(2, 1, 130)
-    parts, said = train.windows(codes, ["a", "b"], 64)
+    parts, said = train.windows(codes, ["a", "b"], 64, 1024)
     assert torch.equal(parts[said.index("b")][0], codes[1, 0, :64]) and len(parts) == len(said) == 4
-    assert torch.equal(train.windows(codes, ["a", "b"], 200)[0], codes)  # clips shorter than one
+    assert torch.equal(
+        train.windows(codes, ["a", "b"], 200, 1024)[0], codes
+    )  # clips shorter than one
 
 
 def run(refiner, encoder, given, seed=0, cut=100, prompt="a waltz", **options):
