@@ -199,7 +199,7 @@ def around(value, found):
 
 
 def music(system, prompts, seconds, task=None):
-    """Plays prompts; a prompt's number is its seed -> audio files, and the tokens (T,) of each
+    """Plays prompts, each with its number as the seed -> audio files, and the tokens (T,) of each
     clip's codebook 1, or None. Clips in out/eval are not played again. task: needed for codec-K."""
     kind = type_of(system)
     if kind == "audio":
@@ -334,21 +334,22 @@ def mean(values) -> Cell:
 
 def measure(systems, ruler, task) -> dict:
     """Plays all systems and listens -> the table, {row: {column: Cell}}; real clips come first."""
-    first, *more = task.prompts
+    first = next(iter(task.prompts))
     captions = task.prompts[first]
     CACHE.mkdir(parents=True, exist_ok=True)
     write_text(CACHE / "prompts.txt", "".join(f"{caption}\n" for caption in captions))
     table = {"real clips": judged(ruler, task, task.real, captions, every_factor=True)}
     tokens = {"real clips": task.codes[:, 0]}
     for system in dict.fromkeys([f"codec-{task.codes.shape[1]}", "codec-1", *map(str, systems)]):
-        answers_once = type_of(system) in ("audio", "codec")  # only the first kind of prompts
-        for kind in [first] if answers_once else task.prompts:
-            row = f"{system}, {kind}" if more and not answers_once else system
+        is_player = type_of(system) in ("checkpoint", "musicgen")  # others have a single answer
+        kinds = [*task.prompts] if is_player else [first]
+        for kind in kinds:
+            row = f"{system}, {kind}" if len(kinds) > 1 else system
             files, tokens[row] = music(system, task.prompts[kind], task.seconds, task)
             heard = listen(ruler, files, row)
-            every_factor = type_of(system) == "codec"
-            table[row] = judged(ruler, task, heard, task.prompts[kind], every_factor)
-            if task.repeated and kind == first and not answers_once:
+            is_codec = type_of(system) == "codec"
+            table[row] = judged(ruler, task, heard, task.prompts[kind], every_factor=is_codec)
+            if task.repeated and is_player and kind == first:
                 counts = [len(clips) for clips in task.repeated.values()]
                 prompts = np.repeat([*task.repeated], counts).tolist()
                 heard = listen(ruler, music(system, prompts, task.seconds)[0], row)

@@ -71,7 +71,6 @@ class Study:
         self.steps = 10 * self.every
         self.early = 4 * self.every  # a checkpoint to compare, as in the paper's Table I
         self.refiner_steps = 1500 // part
-        self.valid_clips = 64 // part
         self.pieces = 8 // part  # of a minute
         self.sections = []  # of the report
         if data != "toy" and "factors" not in Clips(data, "valid").rows[0]:
@@ -113,8 +112,7 @@ class Study:
         for label, options in REFINERS.items():
             options += f" --steps {self.refiner_steps} --valid-every {self.refiner_steps // 5}"
             jobs[self.folder(label)] = options
-        more = ["--data", str(self.data), "--valid-clips", str(self.valid_clips)]
-        return {folder: options.split() + more for folder, options in jobs.items()}
+        return {k: [*options.split(), "--data", self.data] for k, options in jobs.items()}
 
     def logs(self, label):
         """What each seed's run logged of its steps and of its validations: [(rows, rows)]"""

@@ -17,7 +17,7 @@ from experiments import study
 from toy.corpus import folder as corpus
 
 OPTIONS = """--blocks 1 --d-model 32 --d-state 8 --headdim 16 --attention-heads 4 --seconds 0.4
- --crop 0.2 --batch 2 --warmup 2"""
+ --crop 0.2 --batch 2 --warmup 2 --valid-clips 2"""
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "RESULTS", tmp_path / "results")
     made = study.Study(quick=True, seeds=2)
     made.out = tmp_path
-    made.steps, made.every, made.early, made.valid_clips = 10, 2, 4, 2
+    made.steps, made.every, made.early = 10, 2, 4
     return made
 
 

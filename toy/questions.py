@@ -37,7 +37,8 @@ def ask(codec, count, kinds=KINDS[:3]) -> dict:
     alike = [(prompt, rows[:SAMPLES]) for prompt, rows in alike.items() if len(rows) >= SAMPLES]
     return dict(
         name="toy",
-        about=f"{count} held-out clips; reference: the other {len(factors) - count} held-out clips",
+        about=f"{count} held-out clips; reference: the other {len(factors) - count} held-out clips."
+        " Factors: of real clips and codec-K all count, of the others those that the prompt names",
         prompts=prompts,
         codes=np.stack([valid.codes(i, 0, 862) for i in range(count)]),
         real=heard.of(range(count)),
