@@ -363,9 +363,9 @@ def one_by_one(blocks, count):
 def introduce(system, args, say):
     """Prints what plays, and warns where a refiner is missing."""
     config = system.lm.config
-    line = f"{args.checkpoint}: {config.variant}, {config.blocks} blocks, "
+    line = f"{os.path.relpath(args.checkpoint)}: {config.variant}, {config.blocks} blocks, "
     line += f"{config.codebooks} codebook(s)"
-    say(line + (f"; refiner {system.second}" if system.second else ""))
+    say(line + (f"; refiner {os.path.relpath(system.second)}" if system.second else ""))
     if config.variant != "transformer":
         say(ssd_kernel.path(system.lm.heads[0].weight.device))
     if config.codebooks == 1 and not system.second and not args.no_refiner:
