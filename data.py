@@ -1,77 +1,75 @@
-"""Music as training tokens: the data folder, its reader, and the road from audio to it.
+"""Music as training tokens: the data folder, its reader, and how to make one from audio.
 
-A data folder holds
-
-    meta.json         {"codec": "toy", "codebooks": 9, "codebook_size": 1024, "frame_rate": 86.13}
-    manifest.jsonl    one clip a line: shard, offset, codebooks K, frames T, split, caption (or the
-                      factors it is drawn from), and its source (path, track, start in seconds,
-                      licence)
+    meta.json         codec, codebooks, codebook_size, frame_rate
+    manifest.jsonl    one clip a line: shard and offset of its codes, codebooks K, frames T, split,
+                      caption, source (path, track, start in seconds, licence, ...)
     codes-00000.bin   uint16 codes, clip after clip, each a (K, T) table in C order
-    skipped.jsonl     one line for each file that was left out, with the reason, and one for each
-                      clip ("start") that was left out of a file
-    summary.json      hours, clips, tracks, licences, reasons; histogram.png shows the clips
-    plan.json         the command's options, so that another command does not spoil the folder
-
-Clips are memory-mapped. Batches are a pure function of (seed, number of the first sample): the data
-order, the crops, the captions drawn and dropped. So a run that is resumed sees what it would have
-seen, and G processes see together what one would have seen.
+    skipped.jsonl     each file, or clip (with "start"), that was left out, and why
+    summary.json      hours, clips, licences, reasons; histogram.png shows the clips
+    tracks/           one file a track: adding a song costs the time of that song
+    plan.json         the options; a command with other options does not touch the folder
 
     python data.py folder ~/music --out data/mine      song.wav + song.txt, song.mp3 + song.txt, ...
     python data.py jamendo mtg-jamendo-dataset /audio --out data/jamendo        the paper's corpus
     python data.py musiccaps musiccaps-public.csv /clips --out data/musiccaps   the paper's test set
-    python data.py show data/mine                      look at the data, and listen to it
+    python data.py show data/mine                      look at clips and listen to them
 
-What becomes of a track: decode -> mono, 44.1 kHz -> clips of 30 s -> silent clips out -> vocals
-out, and clips that are silent without them -> captions -> captions that mention vocals out -> one
-clip a track -> codec tokens. Every stage is an option. A track is one unit of work. Its result is a
-small file in `parts/`, written under another name and renamed, and depends on the track and the
-options alone; when all are there, they are joined in the tracks' order, and the manifest appears
-last. So a run may be killed anywhere and begun again with the same command, split over --workers
-and over the ranks of torchrun, and the folder is the same to the last byte. When music has been
-added, the same command adds it.
+A track is decoded to mono at 44.1 kHz and cut into clips of 30 s. Silent clips are left out, vocals
+are removed, captions are found, captions that mention vocals are left out, the codec makes tokens.
+Each step is an option. The result, a file in tracks/, depends on the track and the options only;
+all else is built from those files. So a command that was killed can be repeated, and --workers or
+the ranks of torchrun can share it: the folder is the same to the last byte.
 """
 
-import argparse
 import functools
 import hashlib
 import itertools
 import json
-import math
-import multiprocessing
+import multiprocessing as mp
 import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, fields
-from multiprocessing.connection import wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE, Picture, audio_blocks, write_audio, write_text
+from audio import (
+    SAMPLE_RATE,
+    Picture,
+    audio_blocks,
+    lock_folder,
+    under_another_name,
+    write_audio,
+    write_text,
+)
 from codec import load_codec
-from options import add_arguments, entry
-from paper import captions
-from paper.sources import VOCAL, Options, folder_tracks, jamendo_tracks, musiccaps_tracks
+from options import add_arguments, check, check_value, entry, flag, new_parser, option
 
 SHARD_BYTES = 256 << 20
 
-# ------------------------------------------------------------------------ reading the folder ----
+# ------------------------------------------------------------------------------- the folder ----
 
 
-def read_lines(path):  # -> the JSON of each line
+def read_jsonl(path):
     with open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 class Clips:
-    """The clips of one split of a data folder, those with at least `codebooks` codebooks.
+    """The clips of one split of a data folder that have at least `codebooks` codebooks. None: of
+    all splits, and all codebooks.
 
     ValueError, one sentence, if the folder is missing, broken, empty or made by another codec.
     """
@@ -83,9 +81,9 @@ class Clips:
                 f"no data at {folder}: make some with `python data.py folder MUSIC --out {folder}`"
             )
         try:
-            self.meta = json.loads((folder / "meta.json").read_text())
-            rows = read_lines(folder / "manifest.jsonl")
-            self.rows = [r for r in rows if r["split"] == split and r["codebooks"] >= codebooks]
+            self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            rows = [r for r in read_jsonl(folder / "manifest.jsonl") if split in (r["split"], None)]
+            self.rows = [row for row in rows if row["codebooks"] >= (codebooks or 1)]
         except (ValueError, KeyError) as error:
             raise ValueError(f"the manifest of {folder} is broken ({error!r})") from None
         if codec and self.meta["codec"] != codec:
@@ -114,11 +112,12 @@ class Clips:
         return clip.astype(np.int64)
 
     def batch(self, first, count, frames, seed, describe, caption_dropout=0.0, window=0):
-        """Samples `first` ... `first + count - 1` of the endless seeded shuffle.
+        """Samples `first` ... `first + count - 1` of an endless shuffle: a pure function of the
+        seed and the sample's number, however a run is resumed or split over processes.
 
         describe(row, rng) -> caption. Returns codes (count, K, frames) int64, the beginning of a
         random `window` (of so many frames, at least `frames`) of each clip, and `count` captions,
-        some dropped to the empty string (classifier-free guidance).
+        some dropped to the empty string (for classifier-free guidance).
         """
         codes, captions = [], []
         for sample in range(first, first + count):
@@ -138,8 +137,8 @@ def _permutation(n, seed, epoch):
 
 
 class Writer:
-    """Appends clips to a data folder. What the manifest names is on disk whole; codes of a clip
-    that was being written when the process died are overwritten by the next."""
+    """Appends clips to a data folder. A clip is in the manifest once its codes are on disk; the
+    next Writer overwrites what a process left unfinished when it died."""
 
     def __init__(self, folder, codec):
         self.folder = Path(folder)
@@ -151,21 +150,20 @@ class Writer:
             frame_rate=codec.sample_rate / codec.hop,
         )
         path = self.folder / "meta.json"
-        if path.exists() and json.loads(path.read_text()) != meta:
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != meta:
             raise ValueError(f"{folder} was begun with another codec; choose another --out")
-        path.write_text(json.dumps(meta))
+        path.write_text(json.dumps(meta), encoding="utf-8")
+        self.manifest = self.folder / "manifest.jsonl"
+        self.manifest.touch()
+        *lines, unfinished = self.manifest.read_bytes().split(b"\n")
+        if unfinished:
+            self.manifest.write_bytes(b"".join(line + b"\n" for line in lines))
         self.shard, self.offset = 0, 0  # offset in codes, of two bytes
-        for row in self.rows():
+        for row in self.rows()[-1:]:
             self.shard, self.offset = row["shard"], row["offset"] + row["codebooks"] * row["frames"]
 
     def rows(self):
-        path = self.folder / "manifest.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_bytes().split(b"\n")
-        if lines[-1]:  # a line that was being written
-            path.write_bytes(b"\n".join(lines[:-1]) + b"\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        return read_jsonl(self.manifest)
 
     def add(self, clips):
         """clips: [(codes (K, T), row)]; all of them enter the manifest, or none."""
@@ -180,38 +178,143 @@ class Writer:
             where = dict(shard=self.shard, offset=self.offset)
             lines.append(where | dict(codebooks=codes.shape[0], frames=codes.shape[1]) | row)
             self.offset += codes.size
-        with open(self.folder / "manifest.jsonl", "a", encoding="utf-8") as file:
+        with open(self.manifest, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-# ------------------------------------------------------------------- what becomes of a track ----
+# ---------------------------------------------------------- where music and captions come from ----
 
-SILENT = "is silent for more than half of its length"
-ONLY_VOCALS = "is silent without its vocals"
+AUDIO = """.wav .flac .ogg .oga .opus .spx .mp3 .mp2 .mpc .m4a .m4b .mp4 .aac .mka .wma .ape .wv
+.tta .aiff .aif .aifc .au .caf .w64""".split()
+NO_CAPTION = "has no caption: add a .txt file of the same name, a --captions table or a --captioner"
+VOCAL = "has a caption that mentions vocals"
 
 
-class Stages:
-    """The models that the options call for, loaded once in a process. ValueError if one cannot be
-    had."""
+class Skip(Exception):
+    """Why a file or a clip is left out."""
 
-    def __init__(self, tracks, options):
-        self.codec = load_codec(options.codec)
-        heavy = torch.cuda.is_available() and options.codec != "toy"
-        self.device = "cuda" if heavy else "cpu"
-        self.codec.to(self.device)
-        self.separate = None if options.keep_vocals else captions.Separator()
-        self.caption = self.rephrase = None
-        untold = any("caption" not in track.about and not track.reason for track in tracks)
-        if untold and options.captioner != "none":
-            here = "cuda" if torch.cuda.is_available() else "cpu"
-            self.caption = captions.LPMusicCaps(options.captioner).to(here)
-            if options.rephraser != "none":
-                self.rephrase = captions.Rephraser(options.rephraser)
+
+@dataclass(frozen=True)
+class Options:
+    """What becomes of a track."""
+
+    codec: str = option("toy", "toy (ships with this code) or dac (the paper's)", ["toy", "dac"])
+    seconds: float = option(30.0, "length of a clip", "[1, inf)")
+    valid: float = option(0.1, "share kept for validation, if the source has no splits", "[0, 1)")
+    captions: str = option("", "table with columns path and caption, or a name on the hub")
+    captioner: str = option("none", "LP-MusicCaps by name, for clips without a caption, or none")
+    rephraser: str = option("none", "chat model that sums up the captioner's sentences, or none")
+    keep_vocals: bool = option(True, "leave vocals in; otherwise HTDemucs removes them")
+    keep_vocal_captions: bool = option(True, "keep clips whose captions mention vocals")
+    keep_silence: bool = option(False, "keep clips that are mostly silent")
+    one_clip: bool = option(False, "one random clip a track instead of all")
+    licence: str = option("unknown", "of the music, if the source does not say")
+    seed: int = option(0, "of --one-clip and --choose", "[0, 4294967296)")
+
+    def __post_init__(self):
+        check(self)
+
+
+def audio_files(root):
+    """Audio files below `root`, sorted: [(path, why it cannot be used or "")]. Follows links to
+    folders, but enters each folder once."""
+    if not os.path.isdir(root):
+        raise ValueError(f"{root} is no folder")
+    seen, found = {os.path.realpath(root)}, []
+    failed = lambda error: found.append((error.filename, f"cannot be read: {error.strerror}"))
+    for folder, names, files in os.walk(root, followlinks=True, onerror=failed):
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(names)}
+        names[:] = [n for n in real if real[n] not in seen and not seen.add(real[n])]
+        for path in (os.path.join(folder, name) for name in files):
+            if os.path.splitext(path)[1].lower() in AUDIO:
+                usable = os.path.isfile(path)
+                found.append((path, "" if usable else "is a broken or circular link, or no file"))
+    return sorted(found, key=lambda item: os.fsencode(item[0]))
+
+
+def folder_tracks(music, options):
+    """Your own music: audio with captions in .txt files of the same names, or in a table."""
+    table = read_captions(options)
+    tracks = []
+    for path, problem in audio_files(music):
+        name = Path(os.path.relpath(path, music)).as_posix()
+        names = (name, path, os.path.basename(path), Path(path).stem)
+        caption = find_caption(path, names, table)
+        tracks.append(new_track(path, name, caption, options, problem, source="folder"))
+    if not tracks:
+        raise ValueError(f"no audio below {music}: expected files such as song.wav with song.txt")
+    return tracks
+
+
+def read_captions(options):
+    """-> {track as the table calls it: caption}"""
+    if not options.captions:
+        return {}
+    from paper.captions import read_table
+
+    return read_table(options.captions)
+
+
+def find_caption(path, names, table):
+    """A track's caption, and where it comes from: a table, which knows the track by one of `names`,
+    or a .txt file of the same name. Both are empty if there is none."""
+    for name in names:
+        if name in table:
+            return table[name], "table"
+    try:
+        text = Path(path).with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
+    except OSError:
+        return "", ""
+    return text.strip(), "sidecar"
+
+
+def new_track(path, name, caption, options, skip="", **about):
+    """A track: a dict of all that the manifest will say of it, or with "skip", why it is left out.
+    caption: the text, and where it comes from."""
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    track = dict(path=str(path), track=name, licence=options.licence, bytes=size) | about
+    text, origin = caption
+    if text:
+        track |= dict(caption=text, caption_from=origin)
+    if "\N{REPLACEMENT CHARACTER}" in text:
+        skip = skip or "has a caption that is not UTF-8 text"
+    elif not text and options.captioner == "none":
+        skip = skip or NO_CAPTION
+    elif is_vocal(text, options):
+        skip = skip or VOCAL
+    return track | (dict(skip=skip) if skip else {})
+
+
+def is_vocal(caption, options):
+    if options.keep_vocal_captions:
+        return False
+    from paper.captions import mentions_vocals
+
+    return mentions_vocals(caption)
+
+
+# --------------------------------------------------------------------- from a track to clips ----
+
+
+@functools.lru_cache(1)
+def load_models(options):
+    """-> codec, separator, captioner; the last two are None unless asked for."""
+    torch.set_num_threads(1)  # sums in another order can change a code
+    codec, separate, describe = load_codec(options.codec), None, None
+    if options.codec != "toy" and torch.cuda.is_available():
+        codec.to("cuda")
+    if not options.keep_vocals or options.captioner != "none":
+        from paper import captions
+
+        separate = None if options.keep_vocals else captions.Separator()
+        if options.captioner != "none":
+            describe = captions.Describer(options.captioner, options.rephraser)
+    return codec, separate, describe
 
 
 def clips_of(path, length):
-    """Yields (start, audio (1, length)), clip after clip, in samples; the last may be shorter, but
-    not than a second. Memory does not grow with the file."""
+    """Yields (start, audio (1, length)), both in samples; the last may be shorter, but is at least
+    a second long. Memory does not grow with the file."""
     held, start = np.zeros(0, np.float32), 0
     for block in audio_blocks(path):
         held = np.concatenate([held, block])
@@ -224,452 +327,299 @@ def clips_of(path, length):
         raise ValueError(f"{path} is shorter than a second: {len(held)} samples")
 
 
-def clips_by_lot(path, length, seed):
-    """The same clips in a random order that depends on the seed and the track's name alone, as far
-    as the caller asks: the file is read through once for each, and only one clip is held."""
-    lot, done = [zlib.crc32(os.fsencode(os.path.basename(path))), seed], set()
-    while True:
-        drawn = None
-        for start, audio in clips_of(path, length):
-            draw = np.random.default_rng([*lot, start]).random()
-            if start not in done and (drawn is None or draw > drawn[0]):
-                drawn = draw, start, audio
-        if drawn is None:
-            return
-        done.add(drawn[1])
-        yield drawn[1:]
+def random_clips(path, length, seed):
+    """The same clips in an order drawn by the seed and the file's name; short ones only if there is
+    no other. Each is read when it is asked for, so that one is in memory."""
+    sizes = [audio.shape[1] for _, audio in clips_of(path, length)]
+    whole = [i for i, size in enumerate(sizes) if size == length] or [0]
+    rng = np.random.default_rng([zlib.crc32(os.fsencode(os.path.basename(path))), seed])
+    for i in rng.permutation(whole):
+        yield next(itertools.islice(clips_of(path, length), int(i), None))
 
 
-def silent(audio):
-    """Whether more than half of audio (1, S) is silent: tenths of a second with a level (RMS) more
-    than 60 dB below full scale."""
+def is_silent(audio, options):
+    """Whether to leave out audio (1, S) because more than half of it is silent: tenths of a second
+    with a level (RMS) more than 60 dB below full scale."""
     tenths = audio[0, : audio.shape[1] // 4410 * 4410].view(-1, 4410)
-    return float((tenths.square().mean(1).sqrt() < 1e-3).float().mean()) > 0.5
+    silent = tenths.square().mean(1).sqrt() < 1e-3
+    return bool(silent.float().mean() > 0.5) and not options.keep_silence
 
 
-def words_for(audio, track, stages, options):
-    """-> a clip's caption, "" if there is none, and where it is from: given, heard or from tags."""
-    if "caption" in track.about:
-        return track.about["caption"], track.about["caption_from"]
-    if stages.caption:
-        heard = stages.caption(audio)
-        if stages.rephrase and len(heard) > 1:
-            return stages.rephrase(heard), f"{options.captioner}, {options.rephraser}"
-        return captions.join(heard), options.captioner
-    return captions.sentence_from_tags(track.about.get("tags", []), options.keep_vocals), "tags"
+@torch.inference_mode()
+def make_clip(audio, track, options):
+    """audio (1, S) -> codes (K, T) uint16, and manifest entries that only listening gives."""
+    codec, separate, describe = load_models(options)
+    if is_silent(audio, options):
+        raise Skip("is silent for more than half of its length")
+    if separate:
+        audio = separate(audio)
+        if is_silent(audio, options):
+            raise Skip("is silent without its vocals")
+    heard = {}
+    if "caption" not in track:
+        heard["caption"], heard["caption_from"] = describe(audio)
+        if is_vocal(heard["caption"], options):
+            raise Skip(VOCAL)
+    device = next(codec.parameters(), audio).device
+    return codec.encode(audio.to(device))[0].cpu().numpy().astype(np.uint16), heard
 
 
-def process(track, part, stages, options):
-    """Makes the part of a track: the codes of its clips, then a line of JSON with their manifest
-    rows and what was left out, then that line's length. -> {stage: seconds taken, "audio": seconds
-    of it}, to tell how fast it goes."""
-    clock, rows, dropped, reason = Counter(), [], [], track.reason
-    temporary = part.with_name(f".{part.name}-{os.getpid()}")
+def make_track(track, file, options):
+    """Writes a track's result: the codes of its clips, and in JSON more about the clips and what
+    was left out."""
+    hop = load_models(options)[0].hop
+    length = round(options.seconds * SAMPLE_RATE / hop) * hop
+    pieces = clips_of(track["path"], length)
+    if options.one_clip:
+        pieces = random_clips(track["path"], length, options.seed)
+    codes, clips, skipped = [], [], []
+    try:
+        for start, audio in pieces:
+            start /= SAMPLE_RATE
+            try:
+                clip, heard = make_clip(audio, track, options)
+            except Skip as reason:
+                skipped.append(dict(start=start, reason=str(reason)))
+                continue
+            codes.append(clip)
+            clips.append(dict(start=start) | heard)
+            if options.one_clip:
+                break
+    except ValueError as error:  # the file is damaged somewhere: none of it is trusted
+        codes, clips = [], []
+        skipped = [dict(reason=str(error).removeprefix(track["path"]).lstrip(": "))]
+    if not clips:
+        skipped = [dict(reason="; ".join(sorted({clip["reason"] for clip in skipped})))]
+    about = json.dumps(dict(clips=clips, skipped=skipped)).encode()
+    with under_another_name(file) as temporary, open(temporary, "wb") as part:
+        np.savez(part, *codes, about=np.array(about))  # its arrays are arr_0, arr_1, ...
 
-    def timed(stage, function, *args):
-        begun = time.perf_counter()
-        result = function(*args)
-        clock[stage] += time.perf_counter() - begun
-        return result
 
-    def finish(start, audio):  # -> codes, row; or why the clip is dropped
-        if not options.keep_silence and silent(audio):
-            return SILENT
-        if stages.separate:
-            audio = timed("separate", stages.separate, audio)
-            if not options.keep_silence and silent(audio):
-                return ONLY_VOCALS
-        caption, origin = timed("caption", words_for, audio, track, stages, options)
-        if not caption:
-            beside = f"{Path(track.path).stem}.txt beside it"
-            given = "it in --captions, or a --captioner"
-            expected = beside if track.about["source"] == "folder" else given
-            raise ValueError(f"has no caption: expected {expected}")
-        if not options.keep_vocal_captions and captions.mentions_vocals(caption):
-            return VOCAL
-        codes = timed("encode", stages.codec.encode, audio.to(stages.device))[0]
-        row = dict(start=start / SAMPLE_RATE, caption=caption, caption_from=origin)
-        shape = dict(codebooks=codes.shape[0], frames=codes.shape[1])
-        return codes.cpu().numpy().astype(np.uint16), shape | track.about | row
-
-    length = round(options.seconds * SAMPLE_RATE / stages.codec.hop) * stages.codec.hop
-    with open(temporary, "wb") as file:
+def make_tracks(todo, options, workers):
+    """Makes the results [(track, file)] in this process or in several; yields after each."""
+    if workers == 1 or len(todo) == 1:
+        for track, file in todo:
+            yield make_track(track, file, options)
+        return
+    workers, spawn = min(workers, len(todo)), mp.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, begin_worker) as pool:
         try:
-            if reason:
-                clips = iter(())
-            elif options.one_clip:
-                clips = clips_by_lot(track.path, length, options.seed)
-            else:
-                clips = clips_of(track.path, length)
-            while clip := timed("decode", next, clips, None):
-                start, audio = clip
-                clock["audio"] += audio.shape[1] / SAMPLE_RATE
-                with torch.inference_mode():
-                    result = finish(start, audio)
-                if isinstance(result, str):
-                    dropped.append(dict(path=track.path, start=start / SAMPLE_RATE, reason=result))
-                    continue
-                file.write(result[0].tobytes())
-                rows.append(result[1])
-                if options.one_clip:
-                    break
-        except ValueError as error:  # the file breaks off somewhere: none of it is trusted
-            reason, rows = str(error).removeprefix(f"{track.path} "), []
-            file.seek(0)
-            file.truncate()
-        if not rows:
-            reasons = sorted({clip["reason"] for clip in dropped})
-            reason = reason or "; ".join(reasons)
-            dropped = [dict(path=track.path, reason=reason)]
-        _end_part(file, rows, dropped)
-    os.replace(temporary, part)
-    return clock
+            for job in as_completed([pool.submit(make_track, *pair, options) for pair in todo]):
+                yield job.result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "a worker died (out of memory?): repeat the command, maybe with fewer --workers"
+            ) from None
+        except BaseException:  # an error in a worker, or Ctrl-C
+            for process in mp.active_children():
+                process.terminate()
+            raise
 
 
-def _end_part(file, rows, skipped):
-    line = json.dumps(dict(rows=rows, skipped=skipped)).encode()
-    file.write(line + len(line).to_bytes(8, "little"))
+def begin_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def read_part(part):
-    """-> its manifest rows, what it skipped, and a function that gives the codes (K, T) of each."""
-    with open(part, "rb") as file:
-        file.seek(-8, os.SEEK_END)
-        length = int.from_bytes(file.read(), "little")
-        file.seek(-8 - length, os.SEEK_END)
-        found = json.loads(file.read(length))
-
-    def codes():
-        with open(part, "rb") as file:
-            for row in found["rows"]:
-                K, T = row["codebooks"], row["frames"]
-                yield np.frombuffer(file.read(2 * K * T), np.uint16).reshape(K, T)
-
-    return found["rows"], found["skipped"], codes
+def end_with_parent():
+    mp.parent_process().join()
+    os._exit(1)
 
 
-# --------------------------------------------------------------- many tracks, many processes ----
+# ------------------------------------------------------------------- from tracks to a folder ----
 
 
-def build(tracks, out, source, options, workers=1):
-    """Tracks -> the data folder `out`, or the rest of it. `source` names the command that lists the
-    tracks. Under torchrun each rank does its share, and rank 0 joins all."""
-    out, parts = Path(out), Path(out) / "parts"
-    rank, ranks = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    keys = [track.key for track in tracks]
-    plan = dict(source=source) | asdict(options)
-    state = hashlib.sha1(json.dumps([plan, keys]).encode()).hexdigest()
+def build(tracks, out, plan, options, workers=1):
+    """Makes the data folder `out`, or what is missing of it. plan: the options that made it. Under
+    torchrun each rank makes a share of the tracks, and rank 0 builds the folder."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    usable = [(track, result_file(out, track)) for track in tracks if "skip" not in track]
+    if not usable:
+        raise ValueError(f"no file can be used: {listed(track['skip'] for track in tracks)}")
     check_plan(out, plan)
-    if is_finished(out, state):
-        if rank == 0:
-            shutil.rmtree(parts, ignore_errors=True)  # killed while they were removed
-            print_summary(out)
-        return
-    codec = load_codec(options.codec)
     if rank == 0:
-        check_space(out, tracks, codec, options)
-    parts.mkdir(parents=True, exist_ok=True)
-    lock = lock_rank(parts, rank)
+        check_space(out, usable, options)
+        lock = lock_folder(out)
+    (out / "tracks").mkdir(parents=True, exist_ok=True)
+    write_text(out / "plan.json", json.dumps(plan, indent=1) + "\n")
+    todo = [(track, file) for track, file in usable[rank::ranks] if not file.exists()]
+    if all("caption" in track for track, _ in todo):
+        options = replace(options, captioner="none")  # it would have nothing to do
+    made = make_tracks(todo, options, workers)
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
+    for _ in tqdm(made, total=len(todo), unit="track", mininterval=interval):
+        pass
     if rank == 0:
-        write_json(out / "plan.json", plan)
-        if (out / "manifest.jsonl").exists():  # finished once; but music has been added or changed
-            take_apart(out, parts, tracks)
-        (parts / "ready").write_text(state)
-    ready = parts / "ready"
-    while not is_finished(out, state) and not (ready.exists() and ready.read_text() == state):
-        time.sleep(0.5)
+        while not all(file.exists() for _, file in usable):
+            time.sleep(0.5)  # for the other ranks
+        join(out, tracks, options)
+        lock.close()
 
-    todo = [(t, parts / key) for t, key in zip(tracks[rank::ranks], keys[rank::ranks])]
-    todo = [(track, part) for track, part in todo if not part.exists()]
-    if is_finished(out, state):  # all parts were there, and rank 0 was quicker
-        shutil.rmtree(parts, ignore_errors=True)
-        return
-    todo.sort(key=lambda pair: -pair[0].about["bytes"])  # the longest first: none is left for last
-    clock, begun = Counter(), time.perf_counter()
-    with tqdm(total=len(todo), unit="track", disable=None) as bar:
-        for times in work(todo, options, workers):
-            clock.update(times)
-            bar.update()
-    print_speed(clock, time.perf_counter() - begun)
-    if rank == 0:
-        with tqdm(total=len(keys), desc="other ranks", unit="track", disable=None) as bar:
-            while missing := set(keys) - set(os.listdir(parts)):
-                bar.update(len(keys) - len(missing) - bar.n)
-                time.sleep(0.5)
-        pairs = [(track, parts / key) for track, key in zip(tracks, keys)]
-        merge(out, parts, pairs, codec, state, options.valid)
-        print_summary(out)
-    del lock
+
+def result_file(out, track):
+    """A track's file in tracks/: a file of another size, or a first caption, has another name."""
+    name = json.dumps([track["path"], track["bytes"], "caption" in track])
+    return out / "tracks" / f"{hashlib.sha1(name.encode()).hexdigest()}.npz"
 
 
 def check_plan(out, plan):
-    """ValueError if `out` was begun by another command."""
-    if (out / "plan.json").exists():
-        old = json.loads((out / "plan.json").read_text())
-        for name in {**old, **plan}:
-            if old.get(name) != plan.get(name):
-                raise ValueError(
-                    f"{out} was begun with another {name} ({old.get(name)!r}, now "
-                    f"{plan.get(name)!r}); choose another --out"
-                )
-    elif (out / "manifest.jsonl").exists():
-        raise ValueError(f"{out} holds clips that this command did not make; choose another --out")
-
-
-def is_finished(out, state):
-    if not (out / "manifest.jsonl").exists() or not (out / "summary.json").exists():
-        return False
-    return json.loads((out / "summary.json").read_text())["state"] == state
-
-
-def check_space(out, tracks, codec, options):
-    """Says how much disk the folder takes, while it is made; ValueError if there is less."""
-    seconds = 0
-    for about in (track.about for track in tracks if not track.reason):
-        slow = about["path"].lower().endswith((".wav", ".aiff", ".aif", ".flac", ".au", ".w64"))
-        length = about.get("seconds") or about["bytes"] / (88_000 if slow else 16_000)
-        seconds += min(length, options.seconds) if options.one_clip else length
-    need = 2 * seconds * codec.codebooks * 2 * codec.sample_rate / codec.hop  # parts, then shards
-    place = next(p for p in (out, *out.resolve().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    told = f"about {need / 1e6:,.0f} MB of disk while it works; {free / 1e6:,.0f} MB are free"
-    if need > free:
-        raise ValueError(f"{out} needs {told}: choose another --out")
-    print(f"{len(tracks):,} tracks, about {seconds / 3600:.2f} hours; needs {told}")
-
-
-def lock_rank(parts, rank):
-    """An open file that nobody else can lock while it lives: the same command run twice at once
-    would only do everything twice."""
-    file = open(parts / f"lock-{rank}", "w")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # Windows
-    except OSError:
-        raise ValueError(f"another process is at work on {parts.parent}; let it finish") from None
-    return file
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def work(todo, options, workers):
-    """Makes the parts of [(track, part)]; yields the clock of each. A process uses one thread: sums
-    in another order have other last digits, and a code that hangs on them would be another."""
-    if workers <= 1 or len(todo) <= 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            stages = Stages([track for track, _ in todo], options) if todo else None
-            for track, part in todo:
-                yield process(track, part, stages, options)
-        finally:
-            torch.set_num_threads(threads)
+    """ValueError if the folder holds what other options, or another program, made."""
+    if not any(out.glob("tracks/*.npz")) and not (out / "manifest.jsonl").exists():
         return
-    context = multiprocessing.get_context("spawn")
-    running = {}
-    for i in range(workers):
-        ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(
-            target=_worker, args=(todo[i::workers], options, theirs), daemon=True
-        )
-        child.start()
-        theirs.close()
-        running[ours] = child
-    while running:
-        for pipe in wait(list(running)):
-            try:
-                message = pipe.recv()
-            except EOFError:
-                ended = running.pop(pipe)
-                ended.join()
-                if ended.exitcode:
-                    raise ValueError(
-                        f"a worker died (exit {ended.exitcode}; out of memory?): the same command "
-                        "goes on, perhaps with fewer --workers"
-                    ) from None
-                continue
-            if isinstance(message, str):
-                raise ValueError(message)
-            yield message
+    if not (out / "plan.json").exists():
+        raise ValueError(f"{out} holds clips that this command did not make: choose another --out")
+    old = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    for name, value in plan.items():
+        if old.get(name) != value:
+            changed = f"{flag(name)} {old.get(name)!r}, not {value!r}"
+            raise ValueError(f"{out} was made with {changed}: choose another --out")
 
 
-def _worker(todo, options, pipe):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; and with it, this ends
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    try:
-        for clock in work(todo, options, 1):
-            pipe.send(clock)
-    except (ValueError, OSError) as error:
-        pipe.send(str(error))
+def check_space(out, usable, options):
+    """Prints how much there is to do, as far as it is known. ValueError if the disk is full."""
+    import av
 
-
-def take_apart(out, parts, tracks):
-    """A finished folder -> parts again, of those tracks that are as they were; the manifest goes
-    last, so this may be killed as well."""
-    rows, skipped = read_lines(out / "manifest.jsonl"), read_lines(out / "skipped.jsonl")
-    wanted = {track.path: track for track in tracks if not track.reason}
-    for path, group in itertools.groupby(rows, key=lambda row: row["path"]):
-        group = [dict(row) for row in group]
-        track = wanted.get(path)
-        if track is None or not track.about.items() <= group[0].items():
+    seconds = size = 0
+    for track, file in usable:
+        if file.exists():
+            size += file.stat().st_size
             continue
-        part = parts / track.key
-        temporary = part.with_name(f".{part.name}-{os.getpid()}")
-        with open(temporary, "wb") as file:
-            for row in group:
-                shard, offset = row.pop("shard"), row.pop("offset")
-                size = row["codebooks"] * row["frames"]
-                codes = np.fromfile(
-                    out / f"codes-{shard:05}.bin", np.uint16, size, offset=2 * offset
-                )
-                file.write(codes.tobytes())
-                if "split" not in track.about:
-                    del row["split"]  # `merge` says it again
-            _end_part(file, group, [s for s in skipped if s["path"] == path])
-        os.replace(temporary, part)
-    (out / "manifest.jsonl").unlink()
+        known = track.get("seconds")
+        if not known:
+            known = track["bytes"] / 16_000  # MP3 at 128 kbit/s
+            with suppress(av.FFmpegError), av.open(track["path"]) as header:
+                if header.duration:  # microseconds; some headers promise too much
+                    known = min(header.duration / 1e6, track["bytes"] / 1000)
+        seconds += min(known, options.seconds) if options.one_clip else known
+    codec = load_codec(options.codec)
+    size += 2 * 2 * codec.codebooks * seconds * codec.sample_rate / codec.hop  # tracks/, codes-*
+    free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
+    space = f"needs about {size / 1e6:,.0f} MB of disk; {free / 1e6:,.0f} MB are free"
+    if size > free:
+        raise ValueError(f"{out} {space}: choose another --out")
+    print(f"{len(usable):,} tracks; {seconds / 3600:.2f} hours to encode; {space}")
 
 
-def merge(out, parts, pairs, codec, state, valid):
-    """Joins the parts [(track, part)] in their order. Everything is written aside and then moved,
-    the manifest last: from there on the folder is finished."""
-    aside = parts / "merged"
-    shutil.rmtree(aside, ignore_errors=True)
-    writer = Writer(aside, codec)
-    splits = share_out([track.about for track, part in pairs if read_part(part)[0]], valid)
-    (aside / "manifest.jsonl").touch()
-    with open(aside / "skipped.jsonl", "w", encoding="utf-8") as file:
-        for track, part in tqdm(pairs, "joining", unit="track", disable=None):
-            rows, skipped, codes = read_part(part)
-            for row in rows:
-                row.setdefault("split", splits.get(track.path))
-            writer.add(zip(codes(), rows))
-            file.write("".join(json.dumps(line) + "\n" for line in skipped))
-    summarise(aside, len(pairs), state)
-    for old in out.glob("codes-*.bin"):
-        old.unlink()
-    for new in sorted(aside.iterdir(), key=lambda path: path.name == "manifest.jsonl"):
-        os.replace(new, out / new.name)
-    shutil.rmtree(parts, ignore_errors=True)
+def join(out, tracks, options):
+    """Builds the folder from the tracks' results, in the tracks' order. Everything is written to a
+    folder of its own and then moved, the manifest last."""
+    rows, skipped, kept = [], [], set()
+    for track in tracks:
+        file = result_file(out, track)
+        result = dict(clips=[], skipped=[dict(reason=track.get("skip"))])
+        if "skip" not in track:
+            with np.load(file) as stored:
+                result = json.loads(stored["about"].item())
+        rows += [track | clip | dict(codes=(file, i)) for i, clip in enumerate(result["clips"])]
+        skipped += [dict(path=track["path"]) | line for line in result["skipped"]]
+        kept |= {file} if result["clips"] else set()
+    for file in set((out / "tracks").iterdir()) - kept:
+        file.unlink()  # of other tracks, or without a clip: those are tried again
+    if not rows:
+        raise ValueError(f"no clip can be used: {listed(line['reason'] for line in skipped)}")
+    share_out(rows, options.valid)
+    new = out / "new"
+    shutil.rmtree(new, ignore_errors=True)
+    writer = Writer(new, load_codec(options.codec))
+    for row in rows:
+        file, i = row.pop("codes")
+        if row["split"] == "gap":
+            reason = "is the gap between training and validation"
+            skipped.append(dict(path=row["path"], start=row["start"], reason=reason))
+            continue
+        with np.load(file) as stored:
+            writer.add([(stored[f"arr_{i}"], row)])
+    with open(new / "skipped.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in skipped)
+    summarise(new, len(tracks))
+    for old in [out / "manifest.jsonl", *out.glob("codes-*.bin")]:
+        old.unlink(missing_ok=True)
+    for file in sorted(new.iterdir(), key=lambda file: file.name == "manifest.jsonl"):
+        os.replace(file, out / file.name)
+    new.rmdir()
 
 
-def share_out(abouts, valid):
-    """-> {path: "train" or "valid"}. A track belongs to one side as a whole, and so do all of an
-    artist, where one is known. A checksum of the name decides, the same on every machine. Were one
-    side left empty by it, the nearest to the border goes there."""
-    draws = {
-        about["path"]: zlib.crc32(os.fsencode(about.get("artist", about["track"]))) / 2**32
-        for about in abouts
-        if "split" not in about
-    }
-    if draws and len(draws) == len(abouts) and 0 < valid < 1:
-        low, high = min(draws.values()), max(draws.values())
-        valid = min(max(valid, math.nextafter(low, 1)), high) if low < high else 0
-    return {path: "valid" if draw < valid else "train" for path, draw in draws.items()}
+def share_out(rows, valid):
+    """Gives each clip its "split", where its source gives none. Of fewer than ten tracks, the end
+    of each is for validation, after a gap of a clip if there are ten. Of more, all of a track, and
+    of an artist, is on one side, by a checksum of the name; the lowest is there, the highest not."""
+    free = [row for row in rows if "split" not in row]
+    sizes = Counter(row["path"] for row in free)
+    if valid and len(rows) == len(free) and len(sizes) < 10 and len(free) > len(sizes):
+        for row in rows:
+            i, size = row["codes"][1], sizes[row["path"]]
+            first = size - min(max(1, round(valid * size)), size - 1)  # for validation
+            gap = size >= 10 and i == first - 1
+            row["split"] = "valid" if i >= first else "gap" if gap else "train"
+        return
+    draw = lambda row: zlib.crc32(os.fsencode(row.get("artist", row["track"]))) / 2**32
+    draws = {draw(row) for row in free}
+    for row in free:
+        low = draw(row) <= max(valid, min(draws)) and draw(row) < max(draws)
+        row["split"] = "valid" if valid and low else "train"
 
 
 # ----------------------------------------------------------------------- looking at the data ----
 
 
-def summarise(folder, tracks, state):
-    """summary.json and histogram.png of a folder that is about to be finished."""
-    rows, skipped = read_lines(folder / "manifest.jsonl"), read_lines(folder / "skipped.jsonl")
-    rate = json.loads((folder / "meta.json").read_text())["frame_rate"]
-    seconds = np.array([row["frames"] / rate for row in rows])
-    count = lambda values: dict(Counter(values).most_common())
-    reasons = lambda clip: count(
-        line["reason"].partition(":")[0] for line in skipped if ("start" in line) == clip
-    )
+def listed(values):
+    return "; ".join(f"{value} ({n:,})" for value, n in Counter(values).most_common()) or "-"
+
+
+def summarise(folder, tracks):
+    """Prints a summary of a folder, made of so many tracks, and writes it there with histograms."""
+    rows, skipped = read_jsonl(folder / "manifest.jsonl"), read_jsonl(folder / "skipped.jsonl")
+    rate = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["frame_rate"]
+    seconds = [row["frames"] / rate for row in rows]
     summary = dict(
-        hours=round(seconds.sum() / 3600, 4),
+        hours=round(sum(seconds) / 3600, 4),
         clips=len(rows),
         tracks=len({row["path"] for row in rows}),
         of=tracks,
-        splits=count(row["split"] for row in rows),
-        licences=count(row["licence"] for row in rows),
-        captions=count(row["caption_from"] for row in rows),
-        files_left_out=reasons(False),
-        clips_left_out=reasons(True),
-        state=state,
+        splits=Counter(row["split"] for row in rows),
+        licences=Counter(row["licence"] for row in rows),
+        captions=Counter(row["caption_from"] for row in rows),
+        files_left_out=Counter(line["reason"] for line in skipped if "start" not in line),
+        clips_left_out=Counter(line["reason"] for line in skipped if "start" in line),
     )
-    write_json(folder / "summary.json", summary)
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    for name, value in summary.items():
+        print(f"  {name:15} {listed(value) if isinstance(value, Counter) else value}")
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5))
-    axes[0].hist(seconds, bins=30, color="C0")
-    axes[0].set(title=f"{len(rows):,} clips", xlabel="seconds", ylabel="clips")
-    axes[1].hist([len(row["caption"].split()) for row in rows], bins=30, color="C1")
-    axes[1].set(title="captions", xlabel="words", ylabel="clips")
-    figure.tight_layout()
-    figure.savefig(folder / "histogram.png", dpi=110)
+    axes[0].hist(seconds, bins=30)
+    axes[0].set(xlabel="seconds", ylabel="clips")
+    axes[1].hist([len(row["caption"].split()) for row in rows], bins=30)
+    axes[1].set(xlabel="words of the caption", ylabel="clips")
+    figure.savefig(folder / "histogram.png", bbox_inches="tight")
     plt.close(figure)
-
-
-def print_summary(folder):
-    summary = json.loads((folder / "summary.json").read_text())
-    told = lambda name: "; ".join(f"{reason} {n:,}" for reason, n in summary[name].items()) or "-"
-    print(
-        f"{folder}: {summary['hours']:.2f} hours in {summary['clips']:,} clips of "
-        f"{summary['tracks']:,} tracks, of {summary['of']:,} found\n"
-        f"  splits          {told('splits')}\n"
-        f"  licences        {told('licences')}\n"
-        f"  captions from   {told('captions')}\n"
-        f"  files left out  {told('files_left_out')}\n"
-        f"  clips left out  {told('clips_left_out')}\n"
-        f"  one by one in skipped.jsonl; histogram.png; `python data.py show {folder}` plays some"
-    )
-
-
-def print_speed(clock, elapsed):
-    """How many seconds of audio a second each stage did, in its process; and all of them."""
-    audio = clock.pop("audio", 0.0)
-    if audio:
-        stages = ", ".join(f"{s} {audio / t:,.0f} x" for s, t in sorted(clock.items()) if t > 0.01)
-        print(f"{audio / elapsed:,.0f} x real time ({stages}; start of the processes included)")
 
 
 def show(folder, n, out, seed):
     """Lists n random clips with their captions, writes what their tokens say, and plots it."""
-    folder, out = Path(folder), Path(out or Path(folder) / "show")
-    if not (folder / "manifest.jsonl").is_file():
-        raise ValueError(
-            f"no data at {folder}: make some with `python data.py folder MUSIC --out {folder}`"
-        )
-    rows = read_lines(folder / "manifest.jsonl")
-    if not rows:
-        raise ValueError(f"{folder} has no clips; skipped.jsonl says why")
-    codebooks = max(row["codebooks"] for row in rows)
-    parts = [Clips(folder, split, codebooks) for split in sorted({row["split"] for row in rows})]
-    picks = [(clips, i) for clips in parts for i in range(len(clips))]
-    codec = load_codec(parts[0].meta["codec"])
+    clips = Clips(folder, None, None)
+    codec = load_codec(clips.meta["codec"])
     out.mkdir(parents=True, exist_ok=True)
-    order = np.random.default_rng(seed).permutation(len(picks))[:n]
-    for number, (clips, i) in enumerate(picks[j] for j in order):
+    for number, i in enumerate(np.random.default_rng(seed).permutation(len(clips))[:n]):
         row = clips.rows[i]
-        track = row.get("track", "toy")
-        path = out / f"{number}-{re.sub(r'[^0-9A-Za-z]+', '-', track).strip('-')[:60]}.wav"
-        words = row.get("caption") or str(row["factors"])
-        seconds = row["frames"] * codec.hop / codec.sample_rate
-        about = [f"from {row['start']:.0f} s" if "start" in row else "", f"{seconds:.1f} s"]
-        about += [row["split"], row.get("licence", ""), row.get("credit", "")]
-        print(f"{path}: {track!r}, {', '.join(filter(None, about))}\n  {words!r}")
+        codes = torch.from_numpy(clips.codes(i))[None]
         with torch.inference_mode():
-            audio = codec.decode(codec.from_codes(torch.from_numpy(clips.codes(i))[None]))[0]
+            audio = codec.decode(codec.from_codes(codes))[0]
+        track, caption = row.get("track", "toy"), row.get("caption") or str(row["factors"])
+        name = re.sub(r"[^0-9A-Za-z]+", "-", track).strip("-")[:60]
+        path = out / f"{number}-{name}.wav"
+        times = f"{len(audio) / codec.sample_rate:.1f} s from {row.get('start', 0):.0f} s"
+        about = [times, row["split"], row.get("licence"), row.get("credit")]
+        print(f"{path}: {track!r}, {', '.join(filter(None, about))}\n  {caption!r}")
         write_audio(path, audio)
         picture = Picture(len(audio))
         for _ in picture.watch([audio]):
             pass
-        title = words if len(words) < 100 else words[:97] + "..."
-        picture.save(path.with_suffix(".png"), title, codec.sample_rate)
+        picture.save(path.with_suffix(".png"), caption[:100], codec.sample_rate)
 
 
 # -------------------------------------------------------------------------- the command line ----
@@ -678,18 +628,16 @@ SOURCES = {  # what differs from the options' defaults
     "folder": {},
     "jamendo": dict(
         keep_vocals=False, keep_vocal_captions=False, one_clip=True,
-        captioner=captions.CAPTIONER, rephraser=captions.REPHRASER,
+        captioner="seungheondoh/lp-music-caps", rephraser="meta-llama/Meta-Llama-3-8B-Instruct",
     ),
     "musiccaps": dict(keep_vocal_captions=False, seconds=10.0, one_clip=True),
 }  # fmt: skip
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    folder = commands.add_parser("folder", help="audio with a .txt beside each file, or a table")
+def parse_arguments(argv):
+    parser = new_parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=new_parser)
+    folder = commands.add_parser("folder", help="your own music, captions in .txt files or a table")
     folder.add_argument("music", help="folder of audio, searched to any depth")
     jamendo = commands.add_parser("jamendo", help="MTG-Jamendo, the paper's training corpus")
     jamendo.add_argument("metadata", help="a clone of github.com/MTG/mtg-jamendo-dataset")
@@ -698,35 +646,38 @@ def main(argv=None):
     musiccaps = commands.add_parser("musiccaps", help="MusicCaps, the paper's test set")
     musiccaps.add_argument("table", help="musiccaps-public.csv")
     musiccaps.add_argument("audio", help="folder of clips that you have: YTID.wav and so on")
-    musiccaps.add_argument("--choose", type=int, default=200, help="so many, by seed [200]")
+    musiccaps.add_argument("--choose", type=int, default=200, help="how many, by seed [200]")
     for name, command in dict(folder=folder, jamendo=jamendo, musiccaps=musiccaps).items():
-        command.add_argument("--out", required=True, help="data folder to make, or to go on with")
         command.add_argument(
-            "--workers", type=int, default=1, help="processes, one thread each [1]"
+            "--out", type=Path, required=True, help="data folder to make or extend"
         )
+        command.add_argument("--workers", type=int, default=1, help="processes [1]")
         add_arguments(command, Options, **SOURCES[name])
     look = commands.add_parser("show", help="list, play and plot random clips")
-    look.add_argument("folder", help="data folder")
+    look.add_argument("folder", type=Path, help="data folder")
     look.add_argument("--n", type=int, default=4, help="how many [4]")
-    look.add_argument("--out", default="", help="folder for audio and pictures [FOLDER/show]")
-    look.add_argument("--seed", type=int, default=0, help="others [0]")
-    args = parser.parse_args(argv)
+    look.add_argument("--out", type=Path, help="folder for audio and pictures [FOLDER/show]")
+    look.add_argument("--seed", type=int, default=0, help="another seed shows others [0]")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
     if args.command == "show":
-        return show(args.folder, args.n, args.out, args.seed)
+        return show(args.folder, args.n, args.out or args.folder / "show", args.seed)
+    check_value("workers", args.workers, "[1, inf)")
     options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
-    if not options.seconds >= 1:
-        raise ValueError(f"--seconds must be 1 or more, not {options.seconds}")
-    if not 0 <= options.valid <= 1:
-        raise ValueError(f"--valid is a share between 0 and 1, not {options.valid}")
+    plan = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "valid")}
     if args.command == "folder":
-        tracks, names = folder_tracks(args.music, options), [args.music]
-    elif args.command == "jamendo":
-        names = [args.metadata, args.audio, args.song_describer]
-        tracks = jamendo_tracks(*names, options)
+        tracks = folder_tracks(args.music, options)
     else:
-        names = [args.table, args.audio, args.choose]
-        tracks = musiccaps_tracks(*names, options)
-    build(tracks, args.out, [args.command, *names], options, args.workers)
+        from paper.sources import jamendo_tracks, musiccaps_tracks
+
+        if args.command == "jamendo":
+            tracks = jamendo_tracks(args.metadata, args.audio, args.song_describer, options)
+        else:
+            tracks = musiccaps_tracks(args.table, args.audio, args.choose, options)
+    build(tracks, args.out, plan, options, args.workers)
 
 
 if __name__ == "__main__":

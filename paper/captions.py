@@ -1,27 +1,24 @@
-"""Words for music, and music without words: the parts of the data pipeline that lean on others'
-models. Each is loaded where it is used, and a missing one is answered by the line that installs it.
+"""Captions, and music without vocals: the parts of the data pipeline that use others' models. Each
+is loaded when first used; the error about a missing one says how to install it.
 
-  captions from a table          your own, or published ones (disco-eth/jamendo-fma-captions)
-  a sentence from the tags       MTG-Jamendo's genre, instrument and mood; needs nothing
-  LPMusicCaps                    ten seconds of audio -> a caption (Doh et al., arXiv 2307.16372)
-  Rephraser                      the three captions of a clip -> one, by any chat model
-  Separator                      music -> music without vocals (HTDemucs, arXiv 2211.08553)
-  mentions_vocals                does a caption speak of a voice that is no longer there?
+    read_table           captions from a table: your own, or published ones
+    sentence_from_tags   MTG-Jamendo's genre, instrument and mood tags -> a caption, without a model
+    mentions_vocals      whether a caption mentions a voice
+    LPMusicCaps          ten seconds of audio -> a sentence (Doh et al., arXiv 2307.16372)
+    Rephraser            the sentences of a clip -> one caption, by any chat model
+    Describer            both: audio of any length -> a caption
+    Separator            music -> music without vocals (HTDemucs, arXiv 2211.08553)
 """
 
 import csv
 import json
-import math
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-CAPTIONER = "seungheondoh/lp-music-caps"
-REPHRASER = "meta-llama/Meta-Llama-3-8B-Instruct"
 
 # ------------------------------------------------------------------------------------- words ----
 
@@ -36,27 +33,26 @@ VOCALS = re.compile(
 
 def mentions_vocals(caption):
     """Whether a caption has a word for a voice. "No vocals" counts too: a model that reads of
-    vocals only where there are none learns nothing good from them."""
+    vocals only where there are none learns nothing good from it."""
     return VOCALS.search(caption) is not None
 
 
 WRITTEN_TOGETHER = {  # MTG-Jamendo's tags have no spaces
-    word.replace(" ", ""): word
-    for word in """acoustic bass guitar, acoustic guitar, alternative rock, blues rock, bossa nova,
-    classical guitar, classic rock, clean guitar, club dance, deep house, double bass, down tempo,
-    drum machine, drum n bass, easy listening, electric guitar, electric piano, electro pop,
-    ethnic rock, euro dance, hard rock, hard techno, heavy metal, hip hop, indie pop, indie rock,
-    instrumental pop, instrumental rock, jazz funk, jazz fusion, latin jazz, minimal techno,
-    new age, new wave, nu jazz, nu metal, pipe organ, pop folk, pop rock, post punk, post rock,
-    progressive rock, psychedelic rock, punk rock, rock and roll, singer songwriter, slow motion,
-    soft rock, sound scape, synth pop, synth rock, trip hop, world fusion""".split(",")
-    for word in [" ".join(word.split())]
+    words.replace(" ", ""): words
+    for words in """acoustic bass guitar,acoustic guitar,alternative rock,blues rock,bossa nova
+classical guitar,classic rock,clean guitar,club dance,deep house,double bass,down tempo,drum machine
+drum n bass,easy listening,electric guitar,electric piano,electro pop,ethnic rock,euro dance
+hard rock,hard techno,heavy metal,hip hop,indie pop,indie rock,instrumental pop,instrumental rock
+jazz funk,jazz fusion,latin jazz,minimal techno,new age,new wave,nu jazz,nu metal,pipe organ
+pop folk,pop rock,post punk,post rock,progressive rock,psychedelic rock,punk rock,rock and roll
+singer songwriter,slow motion,soft rock,sound scape,synth pop,synth rock,trip hop
+world fusion""".replace("\n", ",").split(",")
 }
 
 
 def sentence_from_tags(tags, vocals=False):
     """["genre---triphop", "instrument---piano", "mood/theme---dark"] -> "A dark trip hop track with
-    piano." Tags that speak of a voice stay out unless `vocals`. Empty if there are none."""
+    piano." Tags that mention a voice are left out unless `vocals`. Empty if there are none."""
     kinds = {"genre": [], "instrument": [], "mood/theme": []}
     for tag in tags:
         category, _, word = tag.partition("---")
@@ -70,98 +66,99 @@ def sentence_from_tags(tags, vocals=False):
     if instruments:
         *first, last = instruments
         sentence += " with " + (f"{', '.join(first)} and {last}" if first else last)
-    article = "An" if sentence[0] in "aeiou" else "A"
-    return f"{article} {sentence}."
+    return f"{'An' if sentence[0] in 'aeiou' else 'A'} {sentence}."
 
 
-# Columns by which tables call what we look for. A row may name a track by its path (from the music
-# folder, or whole), by its file's name, with or without extension, or by its id.
+# Columns of tables of captions. A row may name a track by its path (from the music folder, or
+# whole), by its file's name, with or without extension, or by its id.
 PATHS = ("path", "file", "file_name", "filename", "audio", "location", "track_id", "id", "track")
 CAPTIONS = ("caption", "text", "description", "captions")
 
 
 def read_table(name):
-    """A table of captions -> {track as the table calls it: caption}; the first of several captions
-    counts. `name` is a .csv, .tsv, .jsonl or .parquet file, or a dataset's name on the hub.
-    ValueError, one sentence, if it cannot be read or lacks a column."""
+    """A table of captions -> {track as the table calls it: caption}, with the first of several.
+
+    name: a .csv, .tsv, .jsonl or .parquet file, or a dataset on the hub. ValueError, one sentence,
+    if it cannot be read or lacks a column.
+    """
     path = Path(name)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix:
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w-]+", name):
         path = download(name, "data/train-00000-of-00001.parquet", "dataset")
     try:
-        if path.suffix == ".parquet":
-            rows = _parquet(path)
-        else:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                if path.suffix in (".jsonl", ".json"):
-                    rows = [json.loads(line) for line in file if line.strip()]
-                else:
-                    between = "\t" if path.suffix == ".tsv" else ","
-                    rows = list(csv.DictReader(file, delimiter=between))
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{name} could not be read as a table of captions ({error})") from None
-    columns = list(rows[0]) if rows and isinstance(rows[0], dict) else []
-    key, caption = (next((c for c in wanted if c in columns), None) for wanted in (PATHS, CAPTIONS))
-    if not key or not caption:
-        raise ValueError(
-            f"{name} has the columns {columns}: a table of captions needs `path` and `caption`"
-        )
+        rows = _rows(path)
+        columns = list(rows[0]) if rows else []
+        key = next(column for column in PATHS if column in columns)
+        caption = next(column for column in CAPTIONS if column in columns)
+    except StopIteration:
+        wanted = "`path` and `caption`"
+        raise ValueError(f"{name} has the columns {columns[:20]}: it needs {wanted}") from None
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        reason = str(error)[:200]
+        raise ValueError(f"{name} could not be read as a table of captions ({reason})") from None
     table = {}
     for row in rows:
         text = row.get(caption)
-        text = text[0] if isinstance(text, list) and text else text
-        if row.get(key) is not None and isinstance(text, str) and text.strip():
-            table.setdefault(str(row[key]), text.strip())
+        text = str((text[:1] or [""])[0] if isinstance(text, list) else text or "").strip()
+        if text and row.get(key) is not None:
+            table.setdefault(str(row[key]), text)
     return table
 
 
-def _parquet(path):
+def _rows(path):
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise ValueError("reading .parquet needs pyarrow: `pip install pyarrow`") from None
+        return parquet.read_table(path).to_pylist()
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix in (".jsonl", ".json"):
+            return [json.loads(line) for line in file if line.strip()]
+        return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+
+
+@contextmanager
+def explained(advice):
+    """Turns any error into a ValueError with advice: libraries raise many kinds of errors when
+    something is not installed, cannot be downloaded or is not what they expect."""
     try:
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError("reading .parquet needs pyarrow: `pip install pyarrow`") from None
-    return parquet.read_table(path).to_pylist()
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{advice} ({reason})") from None
 
 
 def download(repository, file, kind="model"):
     """A file of the hub -> its path. ValueError that says where to get it by hand, if it fails."""
     from huggingface_hub import hf_hub_download
 
-    try:
+    place = f"huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    with explained(f"{file} of {place} could not be downloaded: give the path of a copy instead"):
         return Path(hf_hub_download(repository, file, repo_type=kind))
-    except Exception as error:  # the hub's client raises many kinds; all mean the same here
-        place = f"huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
-        raise ValueError(
-            f"{file} of {place} could not be downloaded ({type(error).__name__}): fetch it by hand "
-            "and give its path instead"
-        ) from None
 
 
 # ------------------------------------------------------------------------ audio -> a caption ----
 
 
 class LPMusicCaps(nn.Module):
-    """Pseudo captions: log-mel frames of ten seconds, six convolutions that leave 32 positions, and
-    BART (base) from there to words. Parts are named as in the published weights.
+    """Log-mel frames of ten seconds -> six convolutions that leave 32 positions -> BART (base) ->
+    words. Parts are named as in the published weights.
 
     name: the hub's name, or a folder with transfer.pth and BART's config and tokenizer.
     """
 
     rate, seconds, mels = 16000, 10, 128
 
-    def __init__(self, name=CAPTIONER):
+    def __init__(self, name):
         super().__init__()
         from transformers import AutoConfig, AutoTokenizer, BartForConditionalGeneration
+        from transformers.audio_utils import mel_filter_bank
 
         folder = Path(name)
         bart = str(folder) if (folder / "config.json").is_file() else "facebook/bart-base"
-        try:
+        with explained(f"{name} needs config and tokenizer of {bart}: add them to its folder"):
             config = AutoConfig.from_pretrained(bart)
             self.tokenizer = AutoTokenizer.from_pretrained(bart)
-        except Exception as error:  # see `download`
-            raise ValueError(
-                f"{name} needs the config and tokenizer of {bart} ({type(error).__name__}): fetch "
-                f"them from huggingface.co/{bart} into the folder of the weights"
-            ) from None
         self.bart = BartForConditionalGeneration(config)
         width = config.d_model
         self.audio_encoder = nn.Module()
@@ -170,32 +167,26 @@ class LPMusicCaps(nn.Module):
         self.audio_encoder.conv_stack = nn.ModuleList(halving)
         self.audio_encoder.register_buffer("positional_embedding", torch.zeros(32, width))
         self._load(folder / "transfer.pth" if folder.is_dir() else download(name, "transfer.pth"))
-        self.register_buffer("filters", mel_triangles(self.mels, 1024, self.rate), persistent=False)
+        triangles = mel_filter_bank(513, self.mels, 0, self.rate / 2, self.rate, mel_scale="htk")
+        filters = torch.from_numpy(triangles.T).float()  # (128, 513)
+        self.register_buffer("filters", filters, persistent=False)
         self.eval().requires_grad_(False)
 
     def _load(self, file):
-        try:
+        expected = "expected transfer.pth of huggingface.co/seungheondoh/lp-music-caps"
+        with explained(f"{file} is no captioner: {expected}"):
             weights = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-        except Exception as error:  # unpickling raises whatever it likes
-            raise ValueError(
-                f"{file} holds no captioner ({type(error).__name__}): expected transfer.pth of "
-                f"huggingface.co/{CAPTIONER}"
-            ) from None
-        # The filters are computed here; and the copies of BART's word embeddings go by one name.
-        weights = {k: v for k, v in weights.items() if ".mel_encoder." not in k}
-        try:
+            # The mel filters are computed here. Copies of BART's word embeddings have one name.
+            weights = {k: v for k, v in weights.items() if ".mel_encoder." not in k}
             missing, unknown = self.load_state_dict(weights, strict=False)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{file} is of another shape: {reason}") from None
-        missing = [k for k in missing if "embed_tokens" not in k and "lm_head" not in k]
-        if missing or unknown:
-            raise ValueError(f"{file} is no captioner: it lacks or adds {(missing + unknown)[:3]}")
+            missing = [k for k in missing if "embed_tokens" not in k and "lm_head" not in k]
+            if missing or unknown:
+                raise ValueError(f"it lacks or adds {(missing + unknown)[:3]}")
 
     @torch.inference_mode()
     def forward(self, audio):
-        """audio (1, S) at 44.1 kHz -> captions of its ten-second windows. The last, filled up with
-        silence, counts if it has more than a second of audio, or is the only one."""
+        """audio (1, S) at 44.1 kHz -> a sentence for each ten seconds. The rest counts if it is
+        longer than a second, or all there is; it is padded with silence."""
         from scipy.signal import resample_poly
         from transformers.modeling_outputs import BaseModelOutput
 
@@ -204,10 +195,9 @@ class LPMusicCaps(nn.Module):
         windows = [w for i, w in enumerate(audio.split(size)) if i == 0 or len(w) > self.rate]
         windows = torch.stack([F.pad(w, (0, size - len(w))) for w in windows])  # (n, S)
         h = self.log_mel(windows.to(self.bart.device))  # (n, 128, 1001)
-        encoder = self.audio_encoder
-        for convolution in (encoder.conv1, *encoder.conv_stack):
+        for convolution in (self.audio_encoder.conv1, *self.audio_encoder.conv_stack):
             h = F.gelu(convolution(h))
-        h = h.mT + encoder.positional_embedding  # (n, 32, D)
+        h = h.mT + self.audio_encoder.positional_embedding  # (n, 32, D)
         heard = self.bart.model.encoder(inputs_embeds=h).last_hidden_state
         ids = self.bart.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=heard),
@@ -223,18 +213,6 @@ class LPMusicCaps(nn.Module):
         return 10 * (self.filters @ spectrum.real.square()).clamp(min=1e-10).log10()
 
 
-def mel_triangles(mels, n_fft, rate):
-    """-> (mels, n_fft / 2 + 1) triangles with peak 1 on the (HTK) mel scale, 0 to rate / 2 Hz."""
-    top = math.log1p(rate / 2 / 700)
-    edges = 700 * np.expm1(np.linspace(0, top, mels + 2))[:, None]
-    bins = np.linspace(0, rate / 2, n_fft // 2 + 1)
-    up = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    down = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    return torch.from_numpy(np.minimum(up, down)).clamp(min=0).float()
-
-
-# --------------------------------------------------------------------- three captions -> one ----
-
 PROMPT = """These sentences describe consecutive parts of one piece of music:
 
 {captions}
@@ -245,28 +223,25 @@ singers or of recording quality. Answer with the description alone."""
 
 
 class Rephraser:
-    """Any chat model of the hub (or a folder) that comes with a chat template. It answers greedily:
-    the same captions give the same words."""
+    """A chat model of the hub (or a folder) that has a chat template. It answers greedily: the same
+    captions give the same words."""
 
-    def __init__(self, name=REPHRASER):
+    def __init__(self, name):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        try:
+        with explained(
+            f"the chat model {name} could not be loaded: accept its licence on huggingface.co, run"
+            " `hf auth login`, give the path of a copy, or take --rephraser none"
+        ):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
-        except Exception as error:  # see `download`
-            raise ValueError(
-                f"the chat model {name} could not be loaded ({type(error).__name__}): accept its "
-                f"licence at huggingface.co/{name} and run `hf auth login`, give a folder that "
-                "holds it, name another with --rephraser, or join captions with --rephraser none"
-            ) from None
         if not self.tokenizer.chat_template:
             raise ValueError(f"{name} has no chat template: --rephraser needs a chat model")
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     @torch.inference_mode()
     def __call__(self, captions):
-        """Captions of the parts -> one of the whole; if it says nothing, all of them."""
+        """Captions of the parts -> one of the whole; if the answer is empty, all of them."""
         question = PROMPT.format(captions="\n".join(f"- {caption}" for caption in captions))
         inputs = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True,
@@ -275,15 +250,12 @@ class Rephraser:
         ids = self.model.generate(
             **inputs, do_sample=False, temperature=None, top_p=None, max_new_tokens=160,
             pad_token_id=self.tokenizer.eos_token_id,
-        )  # fmt: skip
-        answer = self.tokenizer.decode(
-            ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        return tidy(answer) or join(captions)
+        )[0, inputs["input_ids"].shape[1] :]  # fmt: skip
+        return tidy(self.tokenizer.decode(ids, skip_special_tokens=True)) or join(captions)
 
 
 def tidy(answer):
-    """What a chat model says, without the courtesies around it."""
+    """A chat model's answer without the courtesies around it."""
     lines = [line.strip() for line in answer.splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):  # "Here is the description:"
         lines = lines[1:]
@@ -291,8 +263,23 @@ def tidy(answer):
 
 
 def join(captions):
-    """Sentences that say the same are said once."""
+    """All captions, those that are the same only once."""
     return " ".join(dict.fromkeys(caption.strip() for caption in captions))
+
+
+class Describer:
+    """audio (1, S) -> its caption, and who made it."""
+
+    def __init__(self, captioner, rephraser="none"):
+        self.names = captioner, f"{captioner}, {rephraser}"
+        self.listen = LPMusicCaps(captioner).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.rephrase = None if rephraser == "none" else Rephraser(rephraser)
+
+    def __call__(self, audio):
+        heard = self.listen(audio)
+        if self.rephrase and len(heard) > 1:
+            return self.rephrase(heard), self.names[1]
+        return join(heard), self.names[0]
 
 
 # ---------------------------------------------------------------------- music without vocals ----
@@ -302,21 +289,11 @@ class Separator:
     """HTDemucs: the sum of all stems but the vocals."""
 
     def __init__(self):
-        try:
+        with explained("removing vocals needs `pip install demucs`, or take --keep-vocals"):
             from demucs.apply import apply_model
             from demucs.pretrained import get_model
-        except (ImportError, OSError, RuntimeError) as error:  # the last two: a broken torchaudio
-            raise ValueError(
-                f"removing vocals needs demucs ({type(error).__name__}): `pip install demucs`, or "
-                "leave them in with --keep-vocals"
-            ) from None
-        try:
+        with explained("HTDemucs' weights could not be downloaded: go online, or --keep-vocals"):
             self.model = get_model("htdemucs").eval()
-        except Exception as error:  # see `download`
-            raise ValueError(
-                "HTDemucs' weights could not be downloaded from dl.fbaipublicfiles.com "
-                f"({type(error).__name__}): go online once, or leave vocals in with --keep-vocals"
-            ) from None
         self.apply = apply_model
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 

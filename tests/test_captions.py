@@ -12,7 +12,7 @@ import torch
 from test_data import lines, tone, write_song
 
 import data
-from paper import captions, sources
+from paper import captions
 from paper.captions import LPMusicCaps, Rephraser, Separator, mentions_vocals, read_table
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +138,7 @@ def captioner(tmp_path_factory):
     config.save_pretrained(folder)
     torch.manual_seed(0)
     torch.save({"state_dict": {}}, folder / "transfer.pth")  # let it start, then keep its weights
-    with pytest.raises(ValueError, match="is no captioner: it lacks"):
+    with pytest.raises(ValueError, match="is no captioner.* it lacks"):
         LPMusicCaps(folder)
     load, LPMusicCaps._load = LPMusicCaps._load, lambda self, file: None
     weights = LPMusicCaps(folder).state_dict()
@@ -271,4 +271,4 @@ def test_the_whole_road_vocals_out_and_captions_by_models(tmp_path, demucs, capt
     assert row["caption"] and row["caption_from"] == f"{captioner}, {chat_model}"
     assert len(demucs) == 2, "each clip, once"
     (skipped,) = lines(tmp_path / "d/skipped.jsonl")
-    assert skipped["reason"] == sources.VOCAL and skipped["path"].endswith("sung.wav")
+    assert skipped["reason"] == data.VOCAL and skipped["path"].endswith("sung.wav")

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,8 +17,8 @@ import pytest
 import soundfile
 
 import data
-from audio import audio_blocks, read_audio
-from data import Clips, Writer
+from audio import lock_folder
+from data import Clips, Options, Writer
 from paper import sources
 
 CODEC = SimpleNamespace(name="toy", codebooks=9, codebook_size=1024, sample_rate=44100, hop=512)
@@ -149,8 +150,8 @@ def contents(folder):
 
 
 FINISHED = {
-    "codes-00000.bin", "histogram.png", "manifest.jsonl", "meta.json", "plan.json",
-    "skipped.jsonl", "summary.json",
+    ".lock", "codes-00000.bin", "histogram.png", "manifest.jsonl", "meta.json", "plan.json",
+    "skipped.jsonl", "summary.json", "tracks",
 }  # fmt: skip
 
 
@@ -174,13 +175,12 @@ def torture(tmp_path_factory):
     write_song(music / "beyond full scale.wav", 9 * two, subtype="FLOAT")
     write_song(music / "a long one.wav", tone(40, 8000), 8000)
     write_song(music / "bom.wav", two, caption=b"\xef\xbb\xbfa tone")
+    (music / "cut.flac").write_bytes((music / "deep/two words.flac").read_bytes()[:20000])
+    (music / "cut.txt").write_text("a tone")
     (music / "link.wav").symlink_to(music / "plain.wav")
     (music / "link.txt").write_text("a tone")
     (music / "deep/up").symlink_to(music)  # a loop of folders
     (music / "folder.wav").mkdir()
-    whole = (music / "deep/two words.flac").read_bytes()
-    (music / "cut.flac").write_bytes(whole[: 3 * len(whole) // 4])  # what is there is read
-    (music / "cut.txt").write_text("a tone, cut off")
     good = 17
 
     bad = {}
@@ -199,9 +199,9 @@ def torture(tmp_path_factory):
         write_song(music / name, audio, subtype="FLOAT")
         bad[name] = reason
     for name, caption, reason in [
-        ("untold.wav", None, "has no caption: expected untold.txt beside it"),
-        ("latin.wav", "caf\xe9".encode("latin-1"), "caption that is not UTF-8 text: latin.txt"),
-        ("blank.wav", " \n", "empty caption: blank.txt"),
+        ("untold.wav", None, "has no caption: add a .txt file of the same name"),
+        ("latin.wav", "caf\xe9".encode("latin-1"), "has a caption that is not UTF-8 text"),
+        ("blank.wav", " \n", "has no caption: add a .txt file of the same name"),
     ]:
         write_song(music / name, two, caption=caption)
         bad[name] = reason
@@ -213,7 +213,11 @@ def torture(tmp_path_factory):
         ("corrupt.flac", b"fLaC" + noise, "is not readable audio"),
         ("cut.wav", (music / "plain.wav").read_bytes()[:30], "is not readable audio"),
         ("no rate.wav", _with_rate(music / "plain.wav", 0), "is not readable audio"),
-        ("mad rate.wav", _with_rate(music / "plain.wav", 2**31 - 1), "claims a sample rate of"),
+        (
+            "mad rate.wav",
+            _with_rate(music / "plain.wav", 2**31 - 1),
+            "claims a sample rate of 2147483647 Hz",
+        ),
         ("video.m4a", noise, "is not readable audio"),
     ]:
         (music / name).write_bytes(content)
@@ -223,7 +227,7 @@ def torture(tmp_path_factory):
     (music / "dangling.wav").symlink_to(music / "nowhere")
     os.mkfifo(music / "pipe.wav")  # reading it would wait for ever
     bad |= dict.fromkeys(
-        ["loop.wav", "dangling.wav", "pipe.wav"], "broken or circular link, or no f"
+        ["loop.wav", "dangling.wav", "pipe.wav"], "broken or circular link, or no file"
     )
     if os.geteuid():
         write_song(music / "unreadable.wav", two)
@@ -241,7 +245,7 @@ def _with_rate(path, rate):
     return bytes(header)
 
 
-def test_a_torture_folder_keeps_what_is_good_and_names_what_is_bad(torture, tmp_path, monkeypatch):
+def test_a_torture_folder_keeps_what_is_good_and_names_what_is_bad(torture, tmp_path):
     music, good, bad = torture
     before = sorted(os.walk(music))
     data.main(
@@ -266,68 +270,6 @@ def test_a_torture_folder_keeps_what_is_good_and_names_what_is_bad(torture, tmp_
     assert len(train) + len(valid) == len(rows) and train.meta["codebooks"] == 9
     tracks = [{row["track"] for row in clips.rows} for clips in (train, valid)]
     assert not tracks[0] & tracks[1], "a track is on one side"
-
-
-def encode(path, audio, codec):
-    """Writes audio (S,) by FFmpeg's encoders, which soundfile does not have."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=44100, layout="mono")
-        size = stream.codec_context.frame_size or 1024
-        for start in range(0, len(audio), size):
-            piece = np.ascontiguousarray(audio[None, start : start + size], dtype=np.float32)
-            frame = av.AudioFrame.from_ndarray(piece, "fltp", "mono")
-            frame.sample_rate = 44100
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-@pytest.mark.parametrize("name, codec", [("song.m4a", "aac"), ("song.opus", "libopus")])
-def test_formats_that_libsndfile_does_not_write_are_read(tmp_path, name, codec):
-    if codec == "libopus":
-        pytest.importorskip("av")
-        soundfile.write(tmp_path / name, tone(2), 48000, format="OGG", subtype="OPUS")
-        seconds = 2 * 44100 / 48000
-    else:
-        encode(tmp_path / name, tone(2), codec)
-        seconds = 2
-    heard = read_audio(tmp_path / name)[0]
-    assert len(heard) / 44100 == pytest.approx(seconds, abs=0.06)
-    assert heard.square().mean().sqrt() == pytest.approx(np.sqrt(np.mean(tone(2) ** 2)), rel=0.05)
-
-
-def test_a_cut_mp3_is_what_is_left_of_it_the_same_every_time(tmp_path):
-    """libsndfile reads on to the announced length, with repeated or uninitialised samples."""
-    soundfile.write(tmp_path / "whole.mp3", tone(20), 44100)
-    whole = (tmp_path / "whole.mp3").read_bytes()
-    for name, share in (("half.mp3", 0.5), ("short.mp3", 0.1)):
-        (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
-        heard = read_audio(tmp_path / name)[0]
-        assert len(heard) / 44100 == pytest.approx(20 * share, abs=0.3)
-        assert (heard == read_audio(tmp_path / name)[0]).all()
-        assert heard[-2000:].abs().max() > 0.1 * heard.abs().max()
-
-
-def test_an_mp3_without_a_length_in_its_header_is_read_to_its_end(tmp_path):
-    """A variable bit rate without a Xing header: a reader that estimates the length is wrong."""
-    quiet = np.concatenate([tone(10) * 1e-3, np.random.default_rng(0).normal(0, 0.1, 441000)])
-    soundfile.write(tmp_path / "a.mp3", quiet, 44100, bitrate_mode="VARIABLE")
-    data = (tmp_path / "a.mp3").read_bytes()
-    at = max(data.find(b"Xing"), data.find(b"Info"))
-    assert at > 0
-    (tmp_path / "b.mp3").write_bytes(data[:at] + b"    " + data[at + 4 :])
-    assert len(read_audio(tmp_path / "b.mp3")[0]) / 44100 == pytest.approx(20, abs=0.2)
-
-
-@pytest.mark.parametrize("rate", [8000, 44100, 48000, 192000])
-def test_blocks_are_the_samples_of_the_whole(rate, tmp_path):
-    import soxr
-
-    audio = np.random.default_rng(rate).uniform(-1, 1, size=(3 * rate + 17, 2)).astype(np.float32)
-    soundfile.write(tmp_path / "a.wav", audio, rate, "FLOAT")
-    whole = soxr.resample(audio.mean(1), rate, 44100)
-    assert np.abs(np.concatenate(list(audio_blocks(tmp_path / "a.wav"))) - whole).max() < 1e-6
 
 
 def test_memory_does_not_grow_with_a_file(tmp_path):
@@ -422,6 +364,34 @@ def test_two_ranks_share_one_folder(songs, tmp_path):
     assert contents(tmp_path / "d") == whole
 
 
+def test_killed_while_a_finished_folder_is_built_again_no_code_is_wrong(
+    songs, tmp_path, monkeypatch
+):
+    _, command, whole = songs
+    out, replace = tmp_path / "d", os.replace
+    data.main([*command, str(out)])
+    for point in itertools.count():
+        left = [point]
+
+        def until_killed(a, b, left=left):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            replace(a, b)
+
+        next((out / "tracks").glob("*.npz")).unlink()  # as if that song was new
+        monkeypatch.setattr(os, "replace", until_killed)
+        try:
+            data.main([*command, str(out)])
+            break
+        except KeyboardInterrupt:
+            for name in ("manifest.jsonl", "codes-00000.bin"):
+                kept = out / name
+                assert not (out / "manifest.jsonl").exists() or kept.read_bytes() == whole[name]
+        monkeypatch.setattr(os, "replace", replace)
+    assert point > 7 and contents(out) == whole
+
+
 def test_music_that_was_added_is_added_and_the_rest_stays(songs, tmp_path, monkeypatch):
     music, command, whole = songs
     copy, out = tmp_path / "music", str(tmp_path / "data")
@@ -429,72 +399,138 @@ def test_music_that_was_added_is_added_and_the_rest_stays(songs, tmp_path, monke
     command = [command[0], str(copy), *command[2:], out]
     (copy / "5.wav").rename(tmp_path / "5.wav")
     data.main(command)
+    before = contents(tmp_path / "data")
     made = []
-    real = data.process
+    real = data.make_track
     monkeypatch.setattr(
-        data, "process", lambda track, *a: made.append(track.path) or real(track, *a)
+        data, "make_track", lambda track, *a: made.append(track["track"]) or real(track, *a)
     )
     data.main(command)
-    assert not made, "nothing new, nothing to do"
+    assert made == ["3.wav", "7.wav"], "what gave nothing is tried again"
+    assert contents(tmp_path / "data") == before
     (tmp_path / "5.wav").rename(copy / "5.wav")
     (copy / "2.txt").write_text("another caption")
+    write_song(copy / "3.wav", tone(1.5), caption="now it is music")
     data.main(command)
-    names = {os.path.basename(path) for path in made}
-    assert names == {"5.wav", "2.wav", "3.wav", "7.wav"}, "new, changed, and what failed before"
-    assert (tmp_path / "data/codes-00000.bin").read_bytes() == whole["codes-00000.bin"]
+    assert made[2:] == ["3.wav", "5.wav", "7.wav"], "a caption costs no encoding"
+    rows = {row["track"]: row for row in lines(tmp_path / "data/manifest.jsonl")}
+    assert rows["2.wav"]["caption"] == "another caption" and "3.wav" in rows
     assert {p.name for p in (tmp_path / "data").iterdir()} == FINISHED
     (copy / "2.txt").write_text("tune 2")
+    (copy / "3.wav").write_text("no music")
     data.main(command)
+    assert (tmp_path / "data/codes-00000.bin").read_bytes() == whole["codes-00000.bin"]
     for row, old in zip(
-        lines(tmp_path / "data/manifest.jsonl"), whole["manifest.jsonl"].splitlines()
+        lines(tmp_path / "data/manifest.jsonl"), whole["manifest.jsonl"].splitlines(), strict=True
     ):
         assert row | {"path": ""} == json.loads(old) | {"path": ""}
+    assert len(list((tmp_path / "data/tracks").iterdir())) == 6, "and no more than is used"
 
 
 def test_another_command_does_not_spoil_a_folder(songs, tmp_path):
     _, command, _ = songs
     data.main([*command, str(tmp_path / "d")])
     before = contents(tmp_path / "d")
-    with pytest.raises(
-        ValueError, match="begun with another seconds .2.0, now 3.0.; choose another"
-    ):
+    with pytest.raises(ValueError, match="was made with --seconds 2.0, not 3.0: choose another"):
         data.main([*command, str(tmp_path / "d"), "--seconds", "3"])
     Writer(tmp_path / "other", CODEC).add(some_clips(3))
     with pytest.raises(ValueError, match="clips that this command did not make"):
         data.main([*command, str(tmp_path / "other")])
     assert contents(tmp_path / "d") == before
+    data.main([*command, str(tmp_path / "d"), "--valid", "0"])
+    assert {row["split"] for row in lines(tmp_path / "d/manifest.jsonl")} == {"train"}
+
+
+def test_a_start_that_failed_does_not_lock_the_folder(songs, tmp_path, monkeypatch):
+    _, command, whole = songs
+    monkeypatch.setitem(sys.modules, "demucs", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="pip install demucs"):
+        data.main([*command, str(tmp_path / "d"), "--no-keep-vocals"])
+    data.main([*command, str(tmp_path / "d")])
+    assert contents(tmp_path / "d") == whole
 
 
 def test_a_full_disk_is_told_before_anything_is_written(songs, tmp_path, monkeypatch):
     _, command, _ = songs
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match="needs about 0 MB of disk while it works; 0 MB are free"):
+    with pytest.raises(ValueError, match="needs about 0 MB of disk; 0 MB are free"):
         data.main([*command, str(tmp_path / "d")])
     assert not (tmp_path / "d").exists()
 
 
+def test_the_hours_announced_are_those_of_the_files(tmp_path, capsys):
+    write_song(tmp_path / "music/a.wav", np.stack([tone(90)] * 2, 1), format="FLAC")
+    write_song(tmp_path / "music/b.wav", tone(90, 8000), 8000, subtype="PCM_U8")
+    data.main(["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d")])
+    assert "2 tracks; 0.05 hours to encode" in capsys.readouterr().out
+
+
 def test_two_processes_do_not_work_on_one_folder(songs, tmp_path):
     _, command, _ = songs
-    (tmp_path / "d/parts").mkdir(parents=True)
-    lock = data.lock_rank(tmp_path / "d/parts", 0)
-    with pytest.raises(ValueError, match="another process is at work"):
+    lock = lock_folder(tmp_path / "d")
+    with pytest.raises(ValueError, match="another process is writing to"):
         data.main([*command, str(tmp_path / "d")])
     lock.close()
     data.main([*command, str(tmp_path / "d")])
 
 
+def children(process):
+    """The worker processes of a command: {pid}"""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == process.pid and b"spawn_main" in (stat.parent / "cmdline").read_bytes():
+                found.add(int(stat.parent.name))
+        except OSError:  # it has just ended
+            pass
+    return found
+
+
+def wait_until(true, seconds=60):
+    end = time.time() + seconds
+    while not true():
+        assert time.time() < end, "too late"
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize(
+    "ended, by, code", [("worker", "KILL", 2), ("command", "INT", 130), ("command", "KILL", -9)]
+)
+def test_however_it_ends_no_worker_is_left(tmp_path, ended, by, code):
+    """A worker that dies is one sentence; Ctrl-C ends quickly; both lose the tracks in hand only."""
+    write_song(tmp_path / "music/short.wav", tone(2))
+    for i in range(2):
+        write_song(tmp_path / f"music/long {i}.wav", tone(3600, 8000), 8000, subtype="PCM_U8")
+    run = start("folder", tmp_path / "music", "--out", tmp_path / "d", "--workers", 2)
+    wait_until(lambda: len(children(run)) == 2 or run.poll() is not None)
+    workers = children(run)
+    time.sleep(8)  # until they work
+    os.kill(min(workers) if ended == "worker" else run.pid, getattr(signal, f"SIG{by}"))
+    _, err = run.communicate(timeout=20)
+    assert run.returncode == code, err
+    assert "Traceback" not in err
+    if ended == "worker":
+        assert "a worker died (out of memory?): repeat the command" in err
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 10)
+
+
 def test_one_clip_a_track_is_drawn_by_seed(songs, tmp_path):
-    _, command, whole = songs
+    _, command, _ = songs
+    command = [*command[:-1], "--seconds", "1", "--out"]
     drawn = []
     for seed in (0, 0, 1):
         out = tmp_path / str(len(drawn))
         data.main([*command, str(out), "--one-clip", "--seed", str(seed)])
-        drawn.append({row["path"]: row["start"] for row in lines(out / "manifest.jsonl")})
         rows = lines(out / "manifest.jsonl")
-        assert len(rows) == len({row["path"] for row in rows}) == 6
+        drawn.append({row["path"]: row["start"] for row in rows})
+        assert len(rows) == len(drawn[-1]) == 6
+        assert len({row["frames"] for row in rows}) == 1, "no shorter rests of a song"
     assert drawn[0] == drawn[1] != drawn[2]
-    every = [json.loads(line) for line in whole["manifest.jsonl"].splitlines()]
-    assert drawn[0].items() <= {(row["path"], row["start"]) for row in every}
+    data.main([*command, str(tmp_path / "every")])
+    every = {(row["path"], row["start"]) for row in lines(tmp_path / "every/manifest.jsonl")}
+    assert drawn[0].items() <= every and len(every) > 6
 
 
 def test_silent_clips_go_and_are_named(tmp_path):
@@ -504,7 +540,8 @@ def test_silent_clips_go_and_are_named(tmp_path):
     data.main([*command, str(tmp_path / "d")])
     kept = [round(row["start"]) for row in lines(tmp_path / "d/manifest.jsonl")]
     skipped = [(round(s["start"]), s["reason"]) for s in lines(tmp_path / "d/skipped.jsonl")]
-    assert kept == [0, 4, 6] and skipped == [(2, data.SILENT), (8, data.SILENT)]
+    silent = "is silent for more than half of its length"
+    assert kept == [0, 4, 6] and skipped == [(2, silent), (8, silent)]
     data.main([*command, str(tmp_path / "all"), "--keep-silence"])
     assert len(lines(tmp_path / "all/manifest.jsonl")) == len(kept) + len(skipped)
 
@@ -533,7 +570,7 @@ def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert sources.audio_files(tmp_path) == [(closed, "cannot be read: Permission denied")]
+    assert data.audio_files(tmp_path) == [(closed, "cannot be read: Permission denied")]
 
 
 def test_no_audio_is_one_sentence_and_exit_2(tmp_path):
@@ -543,6 +580,80 @@ def test_no_audio_is_one_sentence_and_exit_2(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="nowhere is no folder"):
         data.main(["folder", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="--seconds must be in .1, inf., not inf"):
+        data.main(["folder", str(tmp_path), "--out", str(tmp_path / "out"), "--seconds", "inf"])
+
+
+def test_music_without_captions_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    write_song(tmp_path / "music/a.wav", tone(2), caption=None)
+    write_song(tmp_path / "music/b.wav", tone(2), caption=None)
+    monkeypatch.setattr(data, "audio_blocks", None)
+    with pytest.raises(ValueError, match="no file can be used: has no caption: add a .txt.* .2."):
+        data.main(["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d")])
+    assert not (tmp_path / "d").exists()
+
+
+def test_music_that_gives_no_clip_is_refused_and_other_options_may_follow(tmp_path):
+    write_song(tmp_path / "music/a.wav", 0 * tone(4))
+    (tmp_path / "music/b.mp3").write_text("no music")
+    (tmp_path / "music/b.txt").write_text("a tone")
+    command = ["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d"), "--seconds", "2"]
+    with pytest.raises(ValueError, match="no clip can be used: is silent.*; is not readable audio"):
+        data.main(command)
+    data.main([*command, "--keep-silence"])
+    assert len(lines(tmp_path / "d/manifest.jsonl")) == 2
+
+
+# --------------------------------------------------------------------- training and validation ----
+
+
+def splits(*tracks, valid=0.1):
+    """tracks: (number of clips, more of the manifest) -> the splits of each track's clips, as a
+    string of their first letters."""
+    rows = []
+    for number, (clips, about) in enumerate(tracks):
+        track = dict(path=f"/music/{number}.wav", track=f"{number}.wav") | about
+        rows += [track | dict(codes=("file", i)) for i in range(clips)]
+    data.share_out(rows, valid)
+    return [
+        "".join(row["split"][0] for row in rows if row["path"] == f"/music/{number}.wav")
+        for number in range(len(tracks))
+    ]
+
+
+def test_of_few_tracks_the_end_of_each_is_for_validation():
+    assert splits((40, {})) == ["t" * 35 + "g" + "v" * 4], "one long recording, with a gap"
+    assert splits((2, {}), (9, {}), (10, {}), (1, {})) == [
+        "tv", "ttttttttv", "ttttttttgv", "t"
+    ]  # fmt: skip
+    assert splits((4, {}), (3, {}), valid=0.5) == ["ttvv", "tvv"]
+    assert splits((4, {}), (3, {}), valid=0.0) == ["tttt", "ttt"]
+    assert splits((1, {})) == ["t"]
+    assert sorted(splits((1, {}), (1, {}), (1, {}))) == ["t", "t", "v"], "clips cannot be divided"
+
+
+def test_of_many_tracks_whole_ones_are_for_validation_and_artists_are_on_one_side():
+    found = splits(*[(3, {})] * 200)
+    assert set(found) == {"ttt", "vvv"} and 8 < found.count("vvv") < 35
+    assert found[:100] == splits(*[(3, {})] * 100), "a new track moves no other"
+    assert "vvv" in splits(*[(3, {})] * 10, valid=0.001)
+    artists = [(1, dict(artist=f"artist {i % 7}")) for i in range(70)]
+    found = splits(*artists, valid=0.3)
+    assert {*found} == {"t", "v"} and found[:7] * 10 == found
+
+
+def test_a_split_of_the_source_stays():
+    assert splits((3, dict(split="valid")), (3, dict(split="train"))) == ["vvv", "ttt"]
+
+
+def test_one_recording_gives_both_splits_and_names_the_gap(tmp_path):
+    write_song(tmp_path / "music/a.wav", tone(26))
+    data.main(["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d"), "--seconds", "2"])
+    train, valid = (Clips(tmp_path / "d", split, 9) for split in ("train", "valid"))
+    assert len(train) == 11 and len(valid) == 1
+    assert valid.rows[0]["start"] > train.rows[-1]["start"] + 3.9
+    (gap,) = lines(tmp_path / "d/skipped.jsonl")
+    assert "gap between training and validation" in gap["reason"] and "start" in gap
 
 
 # ------------------------------------------------------------------------------- the corpora ----
@@ -601,33 +712,33 @@ def test_jamendos_table_is_read_with_all_its_tags(jamendo):
 
 
 def test_jamendos_splits_licences_and_exclusions(jamendo, tmp_path):
-    tracks = {t.about["track"]: t for t in sources.jamendo_tracks(*jamendo, "", sources.Options())}
-    reasons = {name: t.reason for name, t in tracks.items()}
+    tracks = {t["track"]: t for t in sources.jamendo_tracks(*jamendo, "", Options())}
+    reasons = {name: t.get("skip") for name, t in tracks.items()}
     assert reasons["track_0003524"] == reasons["track_0603752"]
     assert "split-0's test set" in reasons["track_0003524"], "Song Describer is in there somewhere"
-    assert reasons["track_1395508"] == "is not there"
-    assert not reasons["track_0000775"] and tracks["track_0001729"].path.endswith("29/1729.low.mp3")
-    assert tracks["track_1082554"].about["split"] == "valid"
-    assert tracks["track_0000775"].about["split"] == "train"
-    about = tracks["track_1082554"].about
+    assert "raw_30s" in reasons["track_1395508"]
+    assert not reasons["track_0000775"] and tracks["track_0001729"]["path"].endswith(
+        "29/1729.low.mp3"
+    )
+    assert tracks["track_1082554"]["split"] == "valid"
+    assert tracks["track_0000775"]["split"] == "train"
+    about = tracks["track_1082554"]
     assert about["licence"] == "http://creativecommons.org/licenses/by/3.0/"
     assert about["credit"].startswith("A license to sing by Somebody Else from Jamendo: http")
     assert about["source"] == "MTG-Jamendo"
-    assert tracks["track_0001729"].about["licence"] == "unknown"
+    assert tracks["track_0001729"]["licence"] == "unknown"
 
     listed = tmp_path / "song_describer.csv"
     listed.write_text(
         "caption_id,track_id,caption,is_valid_subset,familiarity,artist_id,album_id,path,duration\n"
         '859,603752,"loud, fast",True,0,2485,69778,52/603752.mp3,235.0\n'
     )
-    tracks = {
-        t.about["track"]: t for t in sources.jamendo_tracks(*jamendo, listed, sources.Options())
-    }
-    assert tracks["track_0603752"].reason == "belongs to the Song Describer Dataset"
-    assert not tracks["track_0003524"].reason and tracks["track_0003524"].about["split"] == "train"
+    tracks = {t["track"]: t for t in sources.jamendo_tracks(*jamendo, listed, Options())}
+    assert tracks["track_0603752"]["skip"] == "belongs to the Song Describer Dataset"
+    assert "skip" not in tracks["track_0003524"] and tracks["track_0003524"]["split"] == "train"
     shutil.rmtree(jamendo[0] / "data/splits")
     with pytest.raises(ValueError, match="--song-describer"):
-        sources.jamendo_tracks(*jamendo, "", sources.Options())
+        sources.jamendo_tracks(*jamendo, "", Options())
 
 
 def test_jamendo_without_any_model_makes_captions_from_tags(jamendo, tmp_path):
@@ -667,4 +778,4 @@ def test_musiccaps_are_chosen_by_seed_among_those_without_vocals(tmp_path):
         assert len(clips) == 4 and not any("sings" in row["caption"] for row in clips.rows)
     assert chosen[0] == chosen[1] != chosen[2]
     reasons = Counter(s["reason"].partition(" in ")[0] for s in lines(out / "skipped.jsonl"))
-    assert reasons == {sources.VOCAL: 3, "has no audio": 1, "is not among the 4 chosen": 4}
+    assert reasons == {data.VOCAL: 3, "has no audio": 1, "is not among the 4 chosen": 4}
