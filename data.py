@@ -14,11 +14,11 @@
     python data.py musiccaps musiccaps-public.csv /clips --out data/musiccaps   the paper's test set
     python data.py show data/mine                      look at clips and listen to them
 
-A track is decoded to mono at 44.1 kHz and cut into clips of 30 s. Silent clips are left out, vocals
-are removed, captions are found, captions that mention vocals are left out, the codec makes tokens.
-Each step is an option. The result, a file in tracks/, depends on the track and the options only;
-all else is built from those files. So a command that was killed can be repeated, and --workers or
-the ranks of torchrun can share it: the folder is the same to the last byte.
+Audio becomes mono at 44.1 kHz and is cut into clips of 30 s. Silent clips are left out, vocals are
+removed, captions are found, captions that mention vocals are left out, the codec makes tokens. Each
+step is an option. A file in tracks/ depends on its track and the options only, and the other files
+are built from those. So a command that was killed can be repeated, and --workers or the ranks of
+torchrun can share it: the folder is the same to the last byte.
 """
 
 import functools
@@ -234,7 +234,11 @@ def audio_files(root):
 
 def folder_tracks(music, options):
     """Your own music: audio with captions in .txt files of the same names, or in a table."""
-    table = read_captions(options)
+    table = {}
+    if options.captions:
+        from paper.captions import read_table
+
+        table = read_table(options.captions)
     tracks = []
     for path, problem in audio_files(music):
         name = Path(os.path.relpath(path, music)).as_posix()
@@ -244,15 +248,6 @@ def folder_tracks(music, options):
     if not tracks:
         raise ValueError(f"no audio below {music}: expected files such as song.wav with song.txt")
     return tracks
-
-
-def read_captions(options):
-    """-> {track as the table calls it: caption}"""
-    if not options.captions:
-        return {}
-    from paper.captions import read_table
-
-    return read_table(options.captions)
 
 
 def find_caption(path, names, table):
@@ -358,8 +353,8 @@ def make_clip(audio, track, options):
     heard = {}
     if "caption" not in track:
         heard["caption"], heard["caption_from"] = describe(audio)
-        if is_vocal(heard["caption"], options):
-            raise Skip(VOCAL)
+        if not heard["caption"] or is_vocal(heard["caption"], options):
+            raise Skip(VOCAL if heard["caption"] else NO_CAPTION)
     device = next(codec.parameters(), audio).device
     return codec.encode(audio.to(device))[0].cpu().numpy().astype(np.uint16), heard
 
@@ -397,7 +392,7 @@ def make_track(track, file, options):
 
 def make_tracks(todo, options, workers):
     """Makes the results [(track, file)] in this process or in several; yields after each."""
-    if workers == 1 or len(todo) == 1:
+    if workers == 1 or len(todo) < 2:
         for track, file in todo:
             yield make_track(track, file, options)
         return
@@ -433,26 +428,28 @@ def build(tracks, out, plan, options, workers=1):
     """Makes the data folder `out`, or what is missing of it. plan: the options that made it. Under
     torchrun each rank makes a share of the tracks, and rank 0 builds the folder."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    skipped = [dict(path=t["path"], reason=t["skip"]) for t in tracks if "skip" in t]
     usable = [(track, result_file(out, track)) for track in tracks if "skip" not in track]
     if not usable:
-        raise ValueError(f"no file can be used: {listed(track['skip'] for track in tracks)}")
+        raise ValueError(f"no file can be used: {listed(line['reason'] for line in skipped)}")
     check_plan(out, plan)
+    codec = load_codec(options.codec)
     if rank == 0:
-        check_space(out, usable, options)
+        check_space(out, usable, codec, options)
         lock = lock_folder(out)
     (out / "tracks").mkdir(parents=True, exist_ok=True)
     write_text(out / "plan.json", json.dumps(plan, indent=1) + "\n")
     todo = [(track, file) for track, file in usable[rank::ranks] if not file.exists()]
     if all("caption" in track for track, _ in todo):
         options = replace(options, captioner="none")  # it would have nothing to do
-    made = make_tracks(todo, options, workers)
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
-    for _ in tqdm(made, total=len(todo), unit="track", mininterval=interval):
-        pass
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds
+    with tqdm(total=len(todo), unit="track", mininterval=every, disable=not todo) as bar:
+        for _ in make_tracks(todo, options, workers):
+            bar.update()
     if rank == 0:
         while not all(file.exists() for _, file in usable):
             time.sleep(0.5)  # for the other ranks
-        join(out, tracks, options)
+        join(out, usable, skipped, codec, options.valid)
         lock.close()
 
 
@@ -475,7 +472,7 @@ def check_plan(out, plan):
             raise ValueError(f"{out} was made with {changed}: choose another --out")
 
 
-def check_space(out, usable, options):
+def check_space(out, usable, codec, options):
     """Prints how much there is to do, as far as it is known. ValueError if the disk is full."""
     import av
 
@@ -491,25 +488,21 @@ def check_space(out, usable, options):
                 if header.duration:  # microseconds; some headers promise too much
                     known = min(header.duration / 1e6, track["bytes"] / 1000)
         seconds += min(known, options.seconds) if options.one_clip else known
-    codec = load_codec(options.codec)
     size += 2 * 2 * codec.codebooks * seconds * codec.sample_rate / codec.hop  # tracks/, codes-*
     free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
     space = f"needs about {size / 1e6:,.0f} MB of disk; {free / 1e6:,.0f} MB are free"
     if size > free:
         raise ValueError(f"{out} {space}: choose another --out")
-    print(f"{len(usable):,} tracks; {seconds / 3600:.2f} hours to encode; {space}")
+    print(f"{len(usable):,} usable files; {seconds / 3600:.2f} hours to encode; {space}")
 
 
-def join(out, tracks, options):
+def join(out, usable, skipped, codec, valid):
     """Builds the folder from the tracks' results, in the tracks' order. Everything is written to a
     folder of its own and then moved, the manifest last."""
-    rows, skipped, kept = [], [], set()
-    for track in tracks:
-        file = result_file(out, track)
-        result = dict(clips=[], skipped=[dict(reason=track.get("skip"))])
-        if "skip" not in track:
-            with np.load(file) as stored:
-                result = json.loads(stored["about"].item())
+    rows, kept = [], set()
+    for track, file in usable:
+        with np.load(file) as stored:
+            result = json.loads(stored["about"].item())
         rows += [track | clip | dict(codes=(file, i)) for i, clip in enumerate(result["clips"])]
         skipped += [dict(path=track["path"]) | line for line in result["skipped"]]
         kept |= {file} if result["clips"] else set()
@@ -517,10 +510,10 @@ def join(out, tracks, options):
         file.unlink()  # of other tracks, or without a clip: those are tried again
     if not rows:
         raise ValueError(f"no clip can be used: {listed(line['reason'] for line in skipped)}")
-    share_out(rows, options.valid)
+    share_out(rows, valid)
     new = out / "new"
     shutil.rmtree(new, ignore_errors=True)
-    writer = Writer(new, load_codec(options.codec))
+    writer = Writer(new, codec)
     for row in rows:
         file, i = row.pop("codes")
         if row["split"] == "gap":
@@ -531,7 +524,7 @@ def join(out, tracks, options):
             writer.add([(stored[f"arr_{i}"], row)])
     with open(new / "skipped.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in skipped)
-    summarise(new, len(tracks))
+    summarise(new)
     for old in [out / "manifest.jsonl", *out.glob("codes-*.bin")]:
         old.unlink(missing_ok=True)
     for file in sorted(new.iterdir(), key=lambda file: file.name == "manifest.jsonl"):
@@ -540,23 +533,23 @@ def join(out, tracks, options):
 
 
 def share_out(rows, valid):
-    """Gives each clip its "split", where its source gives none. Of fewer than ten tracks, the end
-    of each is for validation, after a gap of a clip if there are ten. Of more, all of a track, and
-    of an artist, is on one side, by a checksum of the name; the lowest is there, the highest not."""
+    """Gives clips a "split" if their source gives none. Of fewer than ten tracks, the end of each
+    is for validation; before it there is a gap of one clip, if the track has ten. Of more tracks,
+    a checksum of the artist's or track's name chooses some (the lowest always, the highest never).
+    """
     free = [row for row in rows if "split" not in row]
     sizes = Counter(row["path"] for row in free)
-    if valid and len(rows) == len(free) and len(sizes) < 10 and len(free) > len(sizes):
-        for row in rows:
+    by_time = len(sizes) < 10 and len(free) == len(rows) > len(sizes)
+    checksums = [zlib.crc32(os.fsencode(row.get("artist", row["track"]))) for row in free]
+    low, high = min(checksums, default=0), max(checksums, default=0)
+    border = max(low, valid * 2**32)
+    for row, checksum in zip(free, checksums):
+        row["split"] = "valid" if valid and checksum <= border and checksum < high else "train"
+        if by_time and valid:
             i, size = row["codes"][1], sizes[row["path"]]
-            first = size - min(max(1, round(valid * size)), size - 1)  # for validation
+            first = size - min(max(1, round(valid * size)), size - 1)
             gap = size >= 10 and i == first - 1
             row["split"] = "valid" if i >= first else "gap" if gap else "train"
-        return
-    draw = lambda row: zlib.crc32(os.fsencode(row.get("artist", row["track"]))) / 2**32
-    draws = {draw(row) for row in free}
-    for row in free:
-        low = draw(row) <= max(valid, min(draws)) and draw(row) < max(draws)
-        row["split"] = "valid" if valid and low else "train"
 
 
 # ----------------------------------------------------------------------- looking at the data ----
@@ -566,25 +559,28 @@ def listed(values):
     return "; ".join(f"{value} ({n:,})" for value, n in Counter(values).most_common()) or "-"
 
 
-def summarise(folder, tracks):
-    """Prints a summary of a folder, made of so many tracks, and writes it there with histograms."""
+def summarise(folder):
+    """Prints a summary of a folder and writes it there, with histograms."""
     rows, skipped = read_jsonl(folder / "manifest.jsonl"), read_jsonl(folder / "skipped.jsonl")
     rate = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["frame_rate"]
     seconds = [row["frames"] / rate for row in rows]
+    used, unused = {row["path"] for row in rows}, [s for s in skipped if "start" not in s]
     summary = dict(
         hours=round(sum(seconds) / 3600, 4),
         clips=len(rows),
-        tracks=len({row["path"] for row in rows}),
-        of=tracks,
+        tracks=len(used),
+        files_found=len(used) + len(unused),
         splits=Counter(row["split"] for row in rows),
         licences=Counter(row["licence"] for row in rows),
         captions=Counter(row["caption_from"] for row in rows),
-        files_left_out=Counter(line["reason"] for line in skipped if "start" not in line),
+        files_left_out=Counter(line["reason"] for line in unused),
         clips_left_out=Counter(line["reason"] for line in skipped if "start" in line),
     )
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     for name, value in summary.items():
         print(f"  {name:15} {listed(value) if isinstance(value, Counter) else value}")
+    if {*summary["splits"]} == {"train"}:
+        print("train.py also needs clips for validation: try a smaller --seconds, or add music")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -638,7 +634,9 @@ def parse_arguments(argv):
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=new_parser)
     folder = commands.add_parser("folder", help="your own music, captions in .txt files or a table")
-    folder.add_argument("music", help="folder of audio, searched to any depth")
+    folder.add_argument(
+        "music", type=os.path.normpath, help="folder of audio, searched to any depth"
+    )
     jamendo = commands.add_parser("jamendo", help="MTG-Jamendo, the paper's training corpus")
     jamendo.add_argument("metadata", help="a clone of github.com/MTG/mtg-jamendo-dataset")
     jamendo.add_argument("audio", help="folder of raw_30s: 00/7400.mp3 and so on")
@@ -648,9 +646,7 @@ def parse_arguments(argv):
     musiccaps.add_argument("audio", help="folder of clips that you have: YTID.wav and so on")
     musiccaps.add_argument("--choose", type=int, default=200, help="how many, by seed [200]")
     for name, command in dict(folder=folder, jamendo=jamendo, musiccaps=musiccaps).items():
-        command.add_argument(
-            "--out", type=Path, required=True, help="data folder to make or extend"
-        )
+        command.add_argument("--out", type=Path, required=True, help="data folder to make or grow")
         command.add_argument("--workers", type=int, default=1, help="processes [1]")
         add_arguments(command, Options, **SOURCES[name])
     look = commands.add_parser("show", help="list, play and plot random clips")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import VOCAL, audio_files, find_caption, new_track, read_captions
-from paper.captions import mentions_vocals, sentence_from_tags
+from data import VOCAL, audio_files, find_caption, new_track
+from paper.captions import mentions_vocals, read_table, sentence_from_tags
 
 # -------------------------------------------------------------------------------- MTG-Jamendo ----
 
@@ -38,7 +38,7 @@ def jamendo_tracks(metadata, audio, song_describer, options):
     valid_artists = {row["artist"] for row in splits["validation"].values()}
     train_artists = {r["artist"] for name in ("train", "test") for r in splits[name].values()}
     licences = read_licences(metadata / "audio_licenses.txt")
-    table = read_captions(options)
+    table = read_table(options.captions) if options.captions else {}
     tracks = []
     for number, row in rows.items():
         name, file = f"track_{number:07}", row.pop("path")

@@ -462,7 +462,7 @@ def test_the_hours_announced_are_those_of_the_files(tmp_path, capsys):
     write_song(tmp_path / "music/a.wav", np.stack([tone(90)] * 2, 1), format="FLAC")
     write_song(tmp_path / "music/b.wav", tone(90, 8000), 8000, subtype="PCM_U8")
     data.main(["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d")])
-    assert "2 tracks; 0.05 hours to encode" in capsys.readouterr().out
+    assert "2 usable files; 0.05 hours to encode" in capsys.readouterr().out
 
 
 def test_two_processes_do_not_work_on_one_folder(songs, tmp_path):
@@ -499,7 +499,7 @@ def wait_until(true, seconds=60):
     "ended, by, code", [("worker", "KILL", 2), ("command", "INT", 130), ("command", "KILL", -9)]
 )
 def test_however_it_ends_no_worker_is_left(tmp_path, ended, by, code):
-    """A worker that dies is one sentence; Ctrl-C ends quickly; both lose the tracks in hand only."""
+    """A worker that dies is one sentence; Ctrl-C ends quickly."""
     write_song(tmp_path / "music/short.wav", tone(2))
     for i in range(2):
         write_song(tmp_path / f"music/long {i}.wav", tone(3600, 8000), 8000, subtype="PCM_U8")
@@ -752,7 +752,7 @@ def test_jamendo_without_any_model_makes_captions_from_tags(jamendo, tmp_path):
     assert rows["track_1082554"]["split"] == "valid"
     summary = json.loads((tmp_path / "d/summary.json").read_text())
     assert summary["licences"]["http://creativecommons.org/licenses/by/3.0/"] == 1
-    assert summary["captions"] == {"tags": 3} and summary["of"] == 6
+    assert summary["captions"] == {"tags": 3} and summary["files_found"] == 6
 
 
 def test_musiccaps_are_chosen_by_seed_among_those_without_vocals(tmp_path):
