@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 import data
-from audio import lock_folder
+from audio import audio_blocks, lock_folder, read_audio
 from data import Clips, Options, Writer
 from paper import sources
 
@@ -175,8 +175,9 @@ def torture(tmp_path_factory):
     write_song(music / "beyond full scale.wav", 9 * two, subtype="FLOAT")
     write_song(music / "a long one.wav", tone(40, 8000), 8000)
     write_song(music / "bom.wav", two, caption=b"\xef\xbb\xbfa tone")
-    (music / "cut.flac").write_bytes((music / "deep/two words.flac").read_bytes()[:20000])
-    (music / "cut.txt").write_text("a tone")
+    whole = (music / "deep/two words.flac").read_bytes()
+    (music / "cut.flac").write_bytes(whole[: 3 * len(whole) // 4])  # what is there is read
+    (music / "cut.txt").write_text("a tone, cut off")
     (music / "link.wav").symlink_to(music / "plain.wav")
     (music / "link.txt").write_text("a tone")
     (music / "deep/up").symlink_to(music)  # a loop of folders
@@ -270,6 +271,68 @@ def test_a_torture_folder_keeps_what_is_good_and_names_what_is_bad(torture, tmp_
     assert len(train) + len(valid) == len(rows) and train.meta["codebooks"] == 9
     tracks = [{row["track"] for row in clips.rows} for clips in (train, valid)]
     assert not tracks[0] & tracks[1], "a track is on one side"
+
+
+def encode(path, audio, codec):
+    """Writes audio (S,) by FFmpeg's encoders, which soundfile does not have."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=44100, layout="mono")
+        size = stream.codec_context.frame_size or 1024
+        for start in range(0, len(audio), size):
+            piece = np.ascontiguousarray(audio[None, start : start + size], dtype=np.float32)
+            frame = av.AudioFrame.from_ndarray(piece, "fltp", "mono")
+            frame.sample_rate = 44100
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("name, codec", [("song.m4a", "aac"), ("song.opus", "libopus")])
+def test_formats_that_libsndfile_does_not_write_are_read(tmp_path, name, codec):
+    if codec == "libopus":
+        pytest.importorskip("av")
+        soundfile.write(tmp_path / name, tone(2), 48000, format="OGG", subtype="OPUS")
+        seconds = 2 * 44100 / 48000
+    else:
+        encode(tmp_path / name, tone(2), codec)
+        seconds = 2
+    heard = read_audio(tmp_path / name)[0]
+    assert len(heard) / 44100 == pytest.approx(seconds, abs=0.06)
+    assert heard.square().mean().sqrt() == pytest.approx(np.sqrt(np.mean(tone(2) ** 2)), rel=0.05)
+
+
+def test_a_cut_mp3_is_what_is_left_of_it_the_same_every_time(tmp_path):
+    """libsndfile reads on to the announced length, with repeated or uninitialised samples."""
+    soundfile.write(tmp_path / "whole.mp3", tone(20), 44100)
+    whole = (tmp_path / "whole.mp3").read_bytes()
+    for name, share in (("half.mp3", 0.5), ("short.mp3", 0.1)):
+        (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
+        heard = read_audio(tmp_path / name)[0]
+        assert len(heard) / 44100 == pytest.approx(20 * share, abs=0.3)
+        assert (heard == read_audio(tmp_path / name)[0]).all()
+        assert heard[-2000:].abs().max() > 0.1 * heard.abs().max()
+
+
+def test_an_mp3_without_a_length_in_its_header_is_read_to_its_end(tmp_path):
+    """A variable bit rate without a Xing header: a reader that estimates the length is wrong."""
+    quiet = np.concatenate([tone(10) * 1e-3, np.random.default_rng(0).normal(0, 0.1, 441000)])
+    soundfile.write(tmp_path / "a.mp3", quiet, 44100, bitrate_mode="VARIABLE")
+    data = (tmp_path / "a.mp3").read_bytes()
+    at = max(data.find(b"Xing"), data.find(b"Info"))
+    assert at > 0
+    (tmp_path / "b.mp3").write_bytes(data[:at] + b"    " + data[at + 4 :])
+    assert len(read_audio(tmp_path / "b.mp3")[0]) / 44100 == pytest.approx(20, abs=0.2)
+
+
+@pytest.mark.parametrize("rate", [8000, 44100, 48000, 192000])
+def test_blocks_are_the_samples_of_the_whole(rate, tmp_path):
+    import soxr
+
+    audio = np.random.default_rng(rate).uniform(-1, 1, size=(3 * rate + 17, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", audio, rate, "FLOAT")
+    whole = soxr.resample(audio.mean(1), rate, 44100)
+    assert np.abs(np.concatenate(list(audio_blocks(tmp_path / "a.wav"))) - whole).max() < 1e-6
 
 
 def test_memory_does_not_grow_with_a_file(tmp_path):
