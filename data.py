@@ -6,8 +6,8 @@
     codes-00000.bin   uint16 codes, clip after clip, each a (K, T) table in C order
     skipped.jsonl     each file, or clip (with "start"), that was left out, and why
     summary.json      hours, clips, licences, reasons; histogram.png shows the clips
-    tracks/           one file a track: adding a song costs the time of that song
-    plan.json         the options; a command with other options does not touch the folder
+    tracks/           one file a track: after a song is added, only that song is encoded
+    plan.json         the options; a command with other options does not change the folder
 
     python data.py folder ~/music --out data/mine      song.wav + song.txt, song.mp3 + song.txt, ...
     python data.py jamendo mtg-jamendo-dataset /audio --out data/jamendo        the paper's corpus
@@ -202,8 +202,8 @@ class Options:
     seconds: float = option(30.0, "length of a clip", "[1, inf)")
     valid: float = option(0.1, "share kept for validation, if the source has no splits", "[0, 1)")
     captions: str = option("", "table with columns path and caption, or a name on the hub")
-    captioner: str = option("none", "LP-MusicCaps by name, for clips without a caption, or none")
-    rephraser: str = option("none", "chat model that sums up the captioner's sentences, or none")
+    captioner: str = option("none", "for clips without a caption: seungheondoh/lp-music-caps")
+    rephraser: str = option("none", "chat model of the hub that sums up the captioner's sentences")
     keep_vocals: bool = option(True, "leave vocals in; otherwise HTDemucs removes them")
     keep_vocal_captions: bool = option(True, "keep clips whose captions mention vocals")
     keep_silence: bool = option(False, "keep clips that are mostly silent")
@@ -219,7 +219,7 @@ def audio_files(root):
     """Audio files below `root`, sorted: [(path, why it cannot be used or "")]. Follows links to
     folders, but enters each folder once."""
     if not os.path.isdir(root):
-        raise ValueError(f"{root} is no folder")
+        raise ValueError(f"{root} is not a folder")
     seen, found = {os.path.realpath(root)}, []
     failed = lambda error: found.append((error.filename, f"cannot be read: {error.strerror}"))
     for folder, names, files in os.walk(root, followlinks=True, onerror=failed):
@@ -264,7 +264,7 @@ def find_caption(path, names, table):
 
 
 def new_track(path, name, caption, options, skip="", **about):
-    """A track: a dict of all that the manifest will say of it, or with "skip", why it is left out.
+    """A track is a dict of what the manifest will say about it, and if it is left out, why ("skip").
     caption: the text, and where it comes from."""
     size = os.path.getsize(path) if os.path.isfile(path) else 0
     track = dict(path=str(path), track=name, licence=options.licence, bytes=size) | about
@@ -324,7 +324,7 @@ def clips_of(path, length):
 
 def random_clips(path, length, seed):
     """The same clips in an order drawn by the seed and the file's name; short ones only if there is
-    no other. Each is read when it is asked for, so that one is in memory."""
+    no other. Each is read when it is asked for, so only one is in memory."""
     sizes = [audio.shape[1] for _, audio in clips_of(path, length)]
     whole = [i for i, size in enumerate(sizes) if size == length] or [0]
     rng = np.random.default_rng([zlib.crc32(os.fsencode(os.path.basename(path))), seed])
@@ -581,18 +581,14 @@ def summarise(folder):
         print(f"  {name:15} {listed(value) if isinstance(value, Counter) else value}")
     if {*summary["splits"]} == {"train"}:
         print("train.py also needs clips for validation: try a smaller --seconds, or add music")
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5))
-    axes[0].hist(seconds, bins=30)
-    axes[0].set(xlabel="seconds", ylabel="clips")
-    axes[1].hist([len(row["caption"].split()) for row in rows], bins=30)
-    axes[1].set(xlabel="words of the caption", ylabel="clips")
+    figure = Figure(figsize=(10, 3.5))
+    words = [len(row["caption"].split()) for row in rows]
+    for axis, values in zip(figure.subplots(1, 2), (seconds, words)):
+        axis.hist(values, bins=30)
+        axis.set(xlabel="seconds" if values is seconds else "words of the caption", ylabel="clips")
     figure.savefig(folder / "histogram.png", bbox_inches="tight")
-    plt.close(figure)
 
 
 def show(folder, n, out, seed):

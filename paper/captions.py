@@ -227,31 +227,23 @@ class Rephraser:
     captions give the same words."""
 
     def __init__(self, name):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import pipeline
 
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         with explained(
             f"the chat model {name} could not be loaded: accept its licence on huggingface.co, run"
             " `hf auth login`, give the path of a copy, or take --rephraser none"
         ):
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
-        if not self.tokenizer.chat_template:
+            self.chat = pipeline("text-generation", model=name, dtype="auto", device=device)
+        if not self.chat.tokenizer.chat_template:
             raise ValueError(f"{name} has no chat template: --rephraser needs a chat model")
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    @torch.inference_mode()
     def __call__(self, captions):
         """Captions of the parts -> one of the whole; if the answer is empty, all of them."""
         question = PROMPT.format(captions="\n".join(f"- {caption}" for caption in captions))
-        inputs = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True,
-            return_tensors="pt", return_dict=True,
-        ).to(self.model.device)  # fmt: skip
-        ids = self.model.generate(
-            **inputs, do_sample=False, temperature=None, top_p=None, max_new_tokens=160,
-            pad_token_id=self.tokenizer.eos_token_id,
-        )[0, inputs["input_ids"].shape[1] :]  # fmt: skip
-        return tidy(self.tokenizer.decode(ids, skip_special_tokens=True)) or join(captions)
+        question = [{"role": "user", "content": question}]
+        (answer,) = self.chat(question, max_new_tokens=160, do_sample=False, return_full_text=False)
+        return tidy(answer["generated_text"]) or join(captions)
 
 
 def tidy(answer):

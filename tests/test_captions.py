@@ -191,8 +191,8 @@ def test_a_chat_model_makes_one_caption_of_three(chat_model):
 
 def test_a_silent_chat_model_leaves_the_captions_as_they_are(chat_model):
     rephrase = Rephraser(chat_model)
-    eos = rephrase.tokenizer.eos_token_id
-    rephrase.model.generate = lambda input_ids, **_: torch.cat(
+    eos = rephrase.chat.tokenizer.eos_token_id
+    rephrase.chat.model.generate = lambda input_ids, **_: torch.cat(
         [input_ids, torch.tensor([[eos]])], 1
     )
     assert rephrase(["one.", "two.", "one."]) == "one. two."

@@ -641,7 +641,7 @@ def test_no_audio_is_one_sentence_and_exit_2(tmp_path):
     _, err = run.communicate()
     assert run.returncode == 2 and err.count("\n") == 1 and "no audio" in err
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="nowhere is no folder"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         data.main(["folder", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="--seconds must be in .1, inf., not inf"):
         data.main(["folder", str(tmp_path), "--out", str(tmp_path / "out"), "--seconds", "inf"])
