@@ -264,7 +264,7 @@ def find_caption(path, names, table):
 
 
 def new_track(path, name, caption, options, skip="", **about):
-    """A track is a dict of what the manifest will say about it, and if it is left out, why ("skip").
+    """A track is a dict of what the manifest will say about it; "skip" says why it is left out.
     caption: the text, and where it comes from."""
     size = os.path.getsize(path) if os.path.isfile(path) else 0
     track = dict(path=str(path), track=name, licence=options.licence, bytes=size) | about
