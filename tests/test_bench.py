@@ -1,0 +1,39 @@
+"""The benchmarks run at small sizes, so that on a GPU they do not fail for a silly reason."""
+
+import pytest
+
+from experiments import bench, gpu
+
+
+@pytest.mark.parametrize("what, lines", [("ssd", 6), ("errors", 24), ("step", 4), ("decode", 10)])
+def test_each_part_prints_a_table(what, lines, capsys):
+    bench.main([what, "--rehearse"])
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + lines
+    assert len({line.count("|") for line in table}) == 1
+    assert "nan" not in "".join(table)
+
+
+def test_a_loss_that_does_not_fall_is_an_error(monkeypatch):
+    assert "of the last ten" in gpu.learn(bench.SMALL)
+    monkeypatch.setattr(bench, "trainer", lambda lm, batch: lambda codes: 1.0)
+    with pytest.raises(ValueError, match="last ten 1.000"):
+        gpu.learn(bench.SMALL)
+
+
+def test_a_part_that_fails_does_not_stop_the_page(tmp_path, monkeypatch):
+    def fail(sizes):
+        raise RuntimeError("no such card")
+
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    for name in ("tests", "errors", "learn"):
+        monkeypatch.setattr(gpu, name, lambda sizes: "fine")
+    monkeypatch.setattr(bench, "ssd", fail)
+    monkeypatch.setattr(bench, "decode", lambda sizes: "fine")
+    monkeypatch.setattr(bench, "step", lambda sizes: "fine")
+    fail.__name__ = "ssd"
+    with pytest.raises(ValueError, match="ssd failed"):
+        gpu.page(bench.SMALL)
+    page = (tmp_path / "out/rehearsal.md").read_text()
+    assert "no such card" in page
+    assert page.count("fine") == 5
