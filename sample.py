@@ -378,8 +378,12 @@ def introduce(system, args, say):
 def parse_arguments(argv):
     # The checkpoint decides the defaults of the other options.
     first = new_parser(add_help=False)
-    first.add_argument("--checkpoint", help="a folder, or the authors' .ckpt")
-    first.add_argument("--refiner", default="", help="folder of a refiner")
+    first.add_argument(
+        "--checkpoint", help="a folder, or the authors' .ckpt [newest in out/, else toy/lm]"
+    )
+    first.add_argument(
+        "--refiner", default="", help="folder of a refiner [newest in out/, else toy/refiner]"
+    )
     first.add_argument("--no-refiner", action="store_true", help="play codebook 1 alone")
     known = first.parse_known_args(argv)[0]
     folder = Path(known.checkpoint) if known.checkpoint else newest_checkpoint()
