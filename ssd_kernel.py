@@ -38,7 +38,7 @@ jit = triton.jit if triton else lambda kernel: kernel
 
 # Keep the states that enter the chunks for the backward pass? 92 MB per layer at the paper's shape.
 KEEP_STATES = False
-# In which dtype kernels pass states to each other; None: that of x. torch.float32 is more exact.
+# In which dtype kernels pass states to each other; None: that of x. torch.float32 buys little.
 STATE_DTYPE = None
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 

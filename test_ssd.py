@@ -34,6 +34,7 @@ class Way(NamedTuple):
     tolerance: float  # relative error, in norm, against the loop in float64
 
 
+# Tolerances: a few times the errors in docs/kernel.md, which `experiments.bench errors` measures.
 GPU = torch.cuda.is_available()
 CHUNKS = Way(ssd_chunked, torch.float64, "cpu", 1e-10)
 KERNEL = Way(ssd_kernel.ssd, torch.float32, "cuda" if GPU else "cpu", 1e-4 if GPU else 1e-5)
