@@ -91,7 +91,8 @@ def test_a_language_model_without_a_refiner_continues_audio(tmp_path, codebooks,
     assert len(soundfile.read("b.wav")[0]) == 512 * (-(-44100 // 512) + round(0.5 * 44100 / 512))
 
 
-def test_help_shows_the_defaults_that_act(capsys):
+def test_help_shows_the_defaults_that_act(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # without runs in out/
     with pytest.raises(SystemExit, match="0"):
         sample.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
