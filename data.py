@@ -22,40 +22,16 @@ torchrun can share it: the folder is the same to the last byte.
 """
 
 import functools
-import hashlib
-import itertools
 import json
-import multiprocessing as mp
-import os
-import re
-import shutil
-import signal
-import sys
-import threading
-import time
-import zlib
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from audio import (
-    SAMPLE_RATE,
-    Picture,
-    audio_blocks,
-    lock_folder,
-    under_another_name,
-    write_audio,
-    write_text,
-)
-from codec import load_codec
-from options import add_arguments, check, check_value, entry, flag, new_parser, option
+from audio import FRAME_RATE
+from options import entry
+from text import TYPICAL_LENGTH
 
 SHARD_BYTES = 256 << 20
 
@@ -182,494 +158,82 @@ class Writer:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-# ---------------------------------------------------------- where music and captions come from ----
-
-AUDIO = """.wav .flac .ogg .oga .opus .spx .mp3 .mp2 .mpc .m4a .m4b .mp4 .aac .mka .wma .ape .wv
-.tta .aiff .aif .aifc .au .caf .w64""".split()
-NO_CAPTION = "has no caption: add a .txt file of the same name, a --captions table or a --captioner"
-VOCAL = "has a caption that mentions vocals"
+# ------------------------------------------------------------------ what a training step reads ----
 
 
-class Skip(Exception):
-    """Why a file or a clip is left out."""
+def data_folder(name):
+    """--data: a folder, or toy, the corpus that ships."""
+    if name != "toy":
+        return Path(name)
+    from toy import corpus
+
+    return corpus.folder()
 
 
-@dataclass(frozen=True)
-class Options:
-    """What becomes of a track."""
+def caption_of(row, rng, refining=False):
+    """A caption for a row of a manifest. Toy clips have factors, from which it is drawn."""
+    if "factors" not in row:
+        return row["caption"]
+    from toy import words
 
-    codec: str = option("toy", "toy (ships with this code) or dac (the paper's)", ["toy", "dac"])
-    seconds: float = option(30.0, "length of a clip", "[1, inf)")
-    valid: float = option(0.1, "share kept for validation, if the source has no splits", "[0, 1)")
-    captions: str = option("", "table with columns path and caption, or a name on the hub")
-    captioner: str = option("none", "for clips without a caption: seungheondoh/lp-music-caps")
-    rephraser: str = option("none", "chat model of the hub that sums up the captioner's sentences")
-    keep_vocals: bool = option(True, "leave vocals in; otherwise HTDemucs removes them")
-    keep_vocal_captions: bool = option(True, "keep clips whose captions mention vocals")
-    keep_silence: bool = option(False, "keep clips that are mostly silent")
-    one_clip: bool = option(False, "one random clip a track instead of all")
-    licence: str = option("unknown", "of the music, if the source does not say")
-    seed: int = option(0, "of --one-clip and --choose", "[0, 4294967296)")
-
-    def __post_init__(self):
-        check(self)
+    # Codebook 1 tells a refiner the genre already; the words are for the lead instrument.
+    return (words.caption_with_lead if refining else words.caption)(row["factors"], rng)
 
 
-def audio_files(root):
-    """Audio files below `root`, sorted: [(path, why it cannot be used or "")]. Follows links to
-    folders, but enters each folder once."""
-    if not os.path.isdir(root):
-        raise ValueError(f"{root} is not a folder")
-    seen, found = {os.path.realpath(root)}, []
-    failed = lambda error: found.append((error.filename, f"cannot be read: {error.strerror}"))
-    for folder, names, files in os.walk(root, followlinks=True, onerror=failed):
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(names)}
-        names[:] = [n for n in real if real[n] not in seen and not seen.add(real[n])]
-        for path in (os.path.join(folder, name) for name in files):
-            if os.path.splitext(path)[1].lower() in AUDIO:
-                usable = os.path.isfile(path)
-                found.append((path, "" if usable else "is a broken or circular link, or no file"))
-    return sorted(found, key=lambda item: os.fsencode(item[0]))
+def stages(config):
+    """-> [(the step at which it ends, frames of a clip, clips of a micro-batch)].
 
-
-def folder_tracks(music, options):
-    """Your own music: audio with captions in .txt files of the same names, or in a table."""
-    table = {}
-    if options.captions:
-        from paper.captions import read_table
-
-        table = read_table(options.captions)
-    tracks = []
-    for path, problem in audio_files(music):
-        name = Path(os.path.relpath(path, music)).as_posix()
-        names = (name, path, os.path.basename(path), Path(path).stem)
-        caption = find_caption(path, names, table)
-        tracks.append(new_track(path, name, caption, options, problem, source="folder"))
-    if not tracks:
-        raise ValueError(f"no audio below {music}: expected files such as song.wav with song.txt")
-    return tracks
-
-
-def find_caption(path, names, table):
-    """A track's caption, and where it comes from: a table, which knows the track by one of `names`,
-    or a .txt file of the same name. Both are empty if there is none."""
-    for name in names:
-        if name in table:
-            return table[name], "table"
-    try:
-        text = Path(path).with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
-    except OSError:
-        return "", ""
-    return text.strip(), "sidecar"
-
-
-def new_track(path, name, caption, options, skip="", **about):
-    """A track is a dict of what the manifest will say about it; "skip" says why it is left out.
-    caption: the text, and where it comes from."""
-    size = os.path.getsize(path) if os.path.isfile(path) else 0
-    track = dict(path=str(path), track=name, licence=options.licence, bytes=size) | about
-    text, origin = caption
-    if text:
-        track |= dict(caption=text, caption_from=origin)
-    if "\N{REPLACEMENT CHARACTER}" in text:
-        skip = skip or "has a caption that is not UTF-8 text"
-    elif not text and options.captioner == "none":
-        skip = skip or NO_CAPTION
-    elif is_vocal(text, options):
-        skip = skip or VOCAL
-    return track | (dict(skip=skip) if skip else {})
-
-
-def is_vocal(caption, options):
-    if options.keep_vocal_captions:
-        return False
-    from paper.captions import mentions_vocals
-
-    return mentions_vocals(caption)
-
-
-# --------------------------------------------------------------------- from a track to clips ----
-
-
-@functools.lru_cache(1)
-def load_models(options):
-    """-> codec, separator, captioner; the last two are None unless asked for."""
-    torch.set_num_threads(1)  # sums in another order can change a code
-    codec, separate, describe = load_codec(options.codec), None, None
-    if options.codec != "toy" and torch.cuda.is_available():
-        codec.to("cuda")
-    if not options.keep_vocals or options.captioner != "none":
-        from paper import captions
-
-        separate = None if options.keep_vocals else captions.Separator()
-        if options.captioner != "none":
-            describe = captions.Describer(options.captioner, options.rephraser)
-    return codec, separate, describe
-
-
-def clips_of(path, length):
-    """Yields (start, audio (1, length)), both in samples; the last may be shorter, but is at least
-    a second long. Memory does not grow with the file."""
-    held, start = np.zeros(0, np.float32), 0
-    for block in audio_blocks(path):
-        held = np.concatenate([held, block])
-        while len(held) >= length:
-            yield start, torch.from_numpy(held[:length].copy())[None]
-            held, start = held[length:], start + length
-    if len(held) >= SAMPLE_RATE:
-        yield start, torch.from_numpy(held)[None]
-    elif start == 0:
-        raise ValueError(f"{path} is shorter than a second: {len(held)} samples")
-
-
-def random_clips(path, length, seed):
-    """The same clips in an order drawn by the seed and the file's name; short ones only if there is
-    no other. Each is read when it is asked for, so only one is in memory."""
-    sizes = [audio.shape[1] for _, audio in clips_of(path, length)]
-    whole = [i for i, size in enumerate(sizes) if size == length] or [0]
-    rng = np.random.default_rng([zlib.crc32(os.fsencode(os.path.basename(path))), seed])
-    for i in rng.permutation(whole):
-        yield next(itertools.islice(clips_of(path, length), int(i), None))
-
-
-def is_silent(audio, options):
-    """Whether to leave out audio (1, S) because more than half of it is silent: tenths of a second
-    with a level (RMS) more than 60 dB below full scale."""
-    tenths = audio[0, : audio.shape[1] // 4410 * 4410].view(-1, 4410)
-    silent = tenths.square().mean(1).sqrt() < 1e-3
-    return bool(silent.float().mean() > 0.5) and not options.keep_silence
-
-
-@torch.inference_mode()
-def make_clip(audio, track, options):
-    """audio (1, S) -> codes (K, T) uint16, and manifest entries that only listening gives."""
-    codec, separate, describe = load_models(options)
-    if is_silent(audio, options):
-        raise Skip("is silent for more than half of its length")
-    if separate:
-        audio = separate(audio)
-        if is_silent(audio, options):
-            raise Skip("is silent without its vocals")
-    heard = {}
-    if "caption" not in track:
-        heard["caption"], heard["caption_from"] = describe(audio)
-        if not heard["caption"] or is_vocal(heard["caption"], options):
-            raise Skip(VOCAL if heard["caption"] else NO_CAPTION)
-    device = next(codec.parameters(), audio).device
-    return codec.encode(audio.to(device))[0].cpu().numpy().astype(np.uint16), heard
-
-
-def make_track(track, file, options):
-    """Writes a track's result: the codes of its clips, and in JSON more about the clips and what
-    was left out."""
-    hop = load_models(options)[0].hop
-    length = round(options.seconds * SAMPLE_RATE / hop) * hop
-    pieces = clips_of(track["path"], length)
-    if options.one_clip:
-        pieces = random_clips(track["path"], length, options.seed)
-    codes, clips, skipped = [], [], []
-    try:
-        for start, audio in pieces:
-            start /= SAMPLE_RATE
-            try:
-                clip, heard = make_clip(audio, track, options)
-            except Skip as reason:
-                skipped.append(dict(start=start, reason=str(reason)))
-                continue
-            codes.append(clip)
-            clips.append(dict(start=start) | heard)
-            if options.one_clip:
-                break
-    except ValueError as error:  # the file is damaged somewhere: none of it is trusted
-        codes, clips = [], []
-        skipped = [dict(reason=str(error).removeprefix(track["path"]).lstrip(": "))]
-    if not clips:
-        skipped = [dict(reason="; ".join(sorted({clip["reason"] for clip in skipped})))]
-    about = json.dumps(dict(clips=clips, skipped=skipped)).encode()
-    with under_another_name(file) as temporary, open(temporary, "wb") as part:
-        np.savez(part, *codes, about=np.array(about))  # its arrays are arr_0, arr_1, ...
-
-
-def make_tracks(todo, options, workers):
-    """Makes the results [(track, file)] in this process or in several; yields after each."""
-    if workers == 1 or len(todo) < 2:
-        for track, file in todo:
-            yield make_track(track, file, options)
-        return
-    workers, spawn = min(workers, len(todo)), mp.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, begin_worker) as pool:
-        try:
-            for job in as_completed([pool.submit(make_track, *pair, options) for pair in todo]):
-                yield job.result()
-        except BrokenProcessPool:
-            raise ValueError(
-                "a worker died (out of memory?): repeat the command, maybe with fewer --workers"
-            ) from None
-        except BaseException:  # an error in a worker, or Ctrl-C
-            for process in mp.active_children():
-                process.terminate()
-            raise
-
-
-def begin_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    mp.parent_process().join()
-    os._exit(1)
-
-
-# ------------------------------------------------------------------- from tracks to a folder ----
-
-
-def build(tracks, out, plan, options, workers=1):
-    """Makes the data folder `out`, or what is missing of it. plan: the options that made it. Under
-    torchrun each rank makes a share of the tracks, and rank 0 builds the folder."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    skipped = [dict(path=t["path"], reason=t["skip"]) for t in tracks if "skip" in t]
-    usable = [(track, result_file(out, track)) for track in tracks if "skip" not in track]
-    if not usable:
-        raise ValueError(f"no file can be used: {listed(line['reason'] for line in skipped)}")
-    check_plan(out, plan)
-    codec = load_codec(options.codec)
-    if rank == 0:
-        check_space(out, usable, codec, options)
-        lock = lock_folder(out)
-    (out / "tracks").mkdir(parents=True, exist_ok=True)
-    write_text(out / "plan.json", json.dumps(plan, indent=1) + "\n")
-    todo = [(track, file) for track, file in usable[rank::ranks] if not file.exists()]
-    if all("caption" in track for track, _ in todo):
-        options = replace(options, captioner="none")  # it would have nothing to do
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds
-    with tqdm(total=len(todo), unit="track", mininterval=every, disable=not todo) as bar:
-        for _ in make_tracks(todo, options, workers):
-            bar.update()
-    if rank == 0:
-        while not all(file.exists() for _, file in usable):
-            time.sleep(0.5)  # for the other ranks
-        join(out, usable, skipped, codec, options.valid)
-        lock.close()
-
-
-def result_file(out, track):
-    """A track's file in tracks/: a file of another size, or a first caption, has another name."""
-    name = json.dumps([track["path"], track["bytes"], "caption" in track])
-    return out / "tracks" / f"{hashlib.sha1(name.encode()).hexdigest()}.npz"
-
-
-def check_plan(out, plan):
-    """ValueError if the folder holds what other options, or another program, made."""
-    if not any(out.glob("tracks/*.npz")) and not (out / "manifest.jsonl").exists():
-        return
-    if not (out / "plan.json").exists():
-        raise ValueError(f"{out} holds clips that this command did not make: choose another --out")
-    old = json.loads((out / "plan.json").read_text(encoding="utf-8"))
-    for name, value in plan.items():
-        if old.get(name) != value:
-            changed = f"{flag(name)} {old.get(name)!r}, not {value!r}"
-            raise ValueError(f"{out} was made with {changed}: choose another --out")
-
-
-def check_space(out, usable, codec, options):
-    """Prints how much there is to do, as far as it is known. ValueError if the disk is full."""
-    import av
-
-    seconds = size = 0
-    for track, file in usable:
-        if file.exists():
-            size += file.stat().st_size
-            continue
-        known = track.get("seconds")
-        if not known:
-            known = track["bytes"] / 16_000  # MP3 at 128 kbit/s
-            with suppress(av.FFmpegError), av.open(track["path"]) as header:
-                if header.duration:  # microseconds; some headers promise too much
-                    known = min(header.duration / 1e6, track["bytes"] / 1000)
-        seconds += min(known, options.seconds) if options.one_clip else known
-    size += 2 * 2 * codec.codebooks * seconds * codec.sample_rate / codec.hop  # tracks/, codes-*
-    free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
-    space = f"needs about {size / 1e6:,.0f} MB of disk; {free / 1e6:,.0f} MB are free"
-    if size > free:
-        raise ValueError(f"{out} {space}: choose another --out")
-    print(f"{len(usable):,} usable files; {seconds / 3600:.2f} hours to encode; {space}")
-
-
-def join(out, usable, skipped, codec, valid):
-    """Builds the folder from the tracks' results, in the tracks' order. Everything is written to a
-    folder of its own and then moved, the manifest last."""
-    rows, kept = [], set()
-    for track, file in usable:
-        with np.load(file) as stored:
-            result = json.loads(stored["about"].item())
-        rows += [track | clip | dict(codes=(file, i)) for i, clip in enumerate(result["clips"])]
-        skipped += [dict(path=track["path"]) | line for line in result["skipped"]]
-        kept |= {file} if result["clips"] else set()
-    for file in set((out / "tracks").iterdir()) - kept:
-        file.unlink()  # of other tracks, or without a clip: those are tried again
-    if not rows:
-        raise ValueError(f"no clip can be used: {listed(line['reason'] for line in skipped)}")
-    share_out(rows, valid)
-    new = out / "new"
-    shutil.rmtree(new, ignore_errors=True)
-    writer = Writer(new, codec)
-    for row in rows:
-        file, i = row.pop("codes")
-        if row["split"] == "gap":
-            reason = "is the gap between training and validation"
-            skipped.append(dict(path=row["path"], start=row["start"], reason=reason))
-            continue
-        with np.load(file) as stored:
-            writer.add([(stored[f"arr_{i}"], row)])
-    with open(new / "skipped.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in skipped)
-    summarise(new)
-    for old in [out / "manifest.jsonl", *out.glob("codes-*.bin")]:
-        old.unlink(missing_ok=True)
-    for file in sorted(new.iterdir(), key=lambda file: file.name == "manifest.jsonl"):
-        os.replace(file, out / file.name)
-    new.rmdir()
-
-
-def share_out(rows, valid):
-    """Gives clips a "split" if their source gives none. Of fewer than ten tracks, the end of each
-    is for validation; before it there is a gap of one clip, if the track has ten. Of more tracks,
-    a checksum of the artist's or track's name chooses some (the lowest always, the highest never).
+    Training starts with short crops, many per batch; their length doubles in equal stages until
+    clips are whole. A model learns what the words mean from how music begins, so many beginnings
+    teach it fast; whole clips then teach the long run.
     """
-    free = [row for row in rows if "split" not in row]
-    sizes = Counter(row["path"] for row in free)
-    by_time = len(sizes) < 10 and len(free) == len(rows) > len(sizes)
-    checksums = [zlib.crc32(os.fsencode(row.get("artist", row["track"]))) for row in free]
-    low, high = min(checksums, default=0), max(checksums, default=0)
-    border = max(low, valid * 2**32)
-    for row, checksum in zip(free, checksums):
-        row["split"] = "valid" if valid and checksum <= border and checksum < high else "train"
-        if by_time and valid:
-            i, size = row["codes"][1], sizes[row["path"]]
-            first = size - min(max(1, round(valid * size)), size - 1)
-            gap = size >= 10 and i == first - 1
-            row["split"] = "valid" if i >= first else "gap" if gap else "train"
+    whole, crop = (max(1, round(s * FRAME_RATE)) for s in (config.seconds, config.crop))
+    doublings = max(0, round(math.log2(whole / crop)))
+    ends = [round(config.steps * config.crop_until * (i + 1) / doublings) for i in range(doublings)]
+    lengths = [crop << i for i in range(doublings)]
+    text = TYPICAL_LENGTH  # about as many tokens per batch, with the text, at every length
+    clips = [config.batch * (whole + text) // (frames + text) for frames in lengths]
+    return [*zip(ends, lengths, clips), (config.steps, whole, config.batch)]
 
 
-# ----------------------------------------------------------------------- looking at the data ----
+def shape_at(step, config):
+    """-> frames of a clip and clips of a micro-batch"""
+    return next((frames, clips) for end, frames, clips in stages(config) if step < end)
 
 
-def listed(values):
-    return "; ".join(f"{value} ({n:,})" for value, n in Counter(values).most_common()) or "-"
+def clips_in(step, config):
+    """The clips of a step, over all processes."""
+    return shape_at(step, config)[1] * config.accumulate
 
 
-def summarise(folder):
-    """Prints a summary of a folder and writes it there, with histograms."""
-    rows, skipped = read_jsonl(folder / "manifest.jsonl"), read_jsonl(folder / "skipped.jsonl")
-    rate = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["frame_rate"]
-    seconds = [row["frames"] / rate for row in rows]
-    used, unused = {row["path"] for row in rows}, [s for s in skipped if "start" not in s]
-    summary = dict(
-        hours=round(sum(seconds) / 3600, 4),
-        clips=len(rows),
-        tracks=len(used),
-        files_found=len(used) + len(unused),
-        splits=Counter(row["split"] for row in rows),
-        licences=Counter(row["licence"] for row in rows),
-        captions=Counter(row["caption_from"] for row in rows),
-        files_left_out=Counter(line["reason"] for line in unused),
-        clips_left_out=Counter(line["reason"] for line in skipped if "start" in line),
-    )
-    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    for name, value in summary.items():
-        print(f"  {name:15} {listed(value) if isinstance(value, Counter) else value}")
-    if {*summary["splits"]} == {"train"}:
-        print("train.py also needs clips for validation: try a smaller --seconds, or add music")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.5))
-    words = [len(row["caption"].split()) for row in rows]
-    for axis, values in zip(figure.subplots(1, 2), (seconds, words)):
-        axis.hist(values, bins=30)
-        axis.set(xlabel="seconds" if values is seconds else "words of the caption", ylabel="clips")
-    figure.savefig(folder / "histogram.png", bbox_inches="tight")
+def seen_before(step, config):
+    """The samples and the tokens (of one codebook) before this step. The number of a sample decides
+    its clip, crop and caption; every clip is seen once before any is seen again."""
+    samples = tokens = begin = 0
+    for end, frames, clips in stages(config):
+        steps = max(0, min(step, end) - begin)
+        samples += config.accumulate * steps * clips
+        tokens += config.accumulate * steps * clips * frames
+        begin = max(begin, end)
+    return samples, tokens
 
 
-def show(folder, n, out, seed):
-    """Lists n random clips with their captions, writes what their tokens say, and plots it."""
-    clips = Clips(folder, None, None)
-    codec = load_codec(clips.meta["codec"])
-    out.mkdir(parents=True, exist_ok=True)
-    for number, i in enumerate(np.random.default_rng(seed).permutation(len(clips))[:n]):
-        row = clips.rows[i]
-        codes = torch.from_numpy(clips.codes(i))[None]
-        with torch.inference_mode():
-            audio = codec.decode(codec.from_codes(codes))[0]
-        track, caption = row.get("track", "toy"), row.get("caption") or str(row["factors"])
-        name = re.sub(r"[^0-9A-Za-z]+", "-", track).strip("-")[:60]
-        path = out / f"{number}-{name}.wav"
-        times = f"{len(audio) / codec.sample_rate:.1f} s from {row.get('start', 0):.0f} s"
-        about = [times, row["split"], row.get("licence"), row.get("credit")]
-        print(f"{path}: {track!r}, {', '.join(filter(None, about))}\n  {caption!r}")
-        write_audio(path, audio)
-        picture = Picture(len(audio))
-        for _ in picture.watch([audio]):
-            pass
-        picture.save(path.with_suffix(".png"), caption[:100], codec.sample_rate)
-
-
-# -------------------------------------------------------------------------- the command line ----
-
-SOURCES = {  # what differs from the options' defaults
-    "folder": {},
-    "jamendo": dict(
-        keep_vocals=False, keep_vocal_captions=False, one_clip=True,
-        captioner="seungheondoh/lp-music-caps", rephraser="meta-llama/Meta-Llama-3-8B-Instruct",
-    ),
-    "musiccaps": dict(keep_vocal_captions=False, seconds=10.0, one_clip=True),
-}  # fmt: skip
-
-
-def parse_arguments(argv):
-    parser = new_parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=new_parser)
-    folder = commands.add_parser("folder", help="your own music, captions in .txt files or a table")
-    folder.add_argument(
-        "music", type=os.path.normpath, help="folder of audio, searched to any depth"
-    )
-    jamendo = commands.add_parser("jamendo", help="MTG-Jamendo, the paper's training corpus")
-    jamendo.add_argument("metadata", help="a clone of github.com/MTG/mtg-jamendo-dataset")
-    jamendo.add_argument("audio", help="folder of raw_30s: 00/7400.mp3 and so on")
-    jamendo.add_argument("--song-describer", default="", help="its song_describer.csv, to exclude")
-    musiccaps = commands.add_parser("musiccaps", help="MusicCaps, the paper's test set")
-    musiccaps.add_argument("table", help="musiccaps-public.csv")
-    musiccaps.add_argument("audio", help="folder of clips that you have: YTID.wav and so on")
-    musiccaps.add_argument("--choose", type=int, default=200, help="how many, by seed [200]")
-    for name, command in dict(folder=folder, jamendo=jamendo, musiccaps=musiccaps).items():
-        command.add_argument("--out", type=Path, required=True, help="data folder to make or grow")
-        command.add_argument("--workers", type=int, default=1, help="processes [1]")
-        add_arguments(command, Options, **SOURCES[name])
-    look = commands.add_parser("show", help="list, play and plot random clips")
-    look.add_argument("folder", type=Path, help="data folder")
-    look.add_argument("--n", type=int, default=4, help="how many [4]")
-    look.add_argument("--out", type=Path, help="folder for audio and pictures [FOLDER/show]")
-    look.add_argument("--seed", type=int, default=0, help="another seed shows others [0]")
-    return parser.parse_args(argv)
+def share(step, config, rank, ranks):
+    """A process's part of a step -> micro-batches [(first sample, samples, frames)]"""
+    frames, batch = shape_at(step, config)
+    first = seen_before(step, config)[0]
+    total = batch * config.accumulate
+    if total < ranks:
+        raise ValueError(f"{ranks} processes are too many for {total} clips a step")
+    begin, end = (total * r // ranks for r in (rank, rank + 1))
+    return [(first + i, min(batch, end - i), frames) for i in range(begin, end, batch)]
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
-    if args.command == "show":
-        return show(args.folder, args.n, args.out or args.folder / "show", args.seed)
-    check_value("workers", args.workers, "[1, inf)")
-    options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
-    plan = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "valid")}
-    if args.command == "folder":
-        tracks = folder_tracks(args.music, options)
-    else:
-        from paper.sources import jamendo_tracks, musiccaps_tracks
+    """The commands that make a data folder from audio, or look at one: curate.py"""
+    import curate
 
-        if args.command == "jamendo":
-            tracks = jamendo_tracks(args.metadata, args.audio, args.song_describer, options)
-        else:
-            tracks = musiccaps_tracks(args.table, args.audio, args.choose, options)
-    build(tracks, args.out, plan, options, args.workers)
+    curate.main(argv)
 
 
 if __name__ == "__main__":

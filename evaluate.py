@@ -39,7 +39,6 @@ from tqdm import tqdm
 from audio import read_audio, write_audio, write_text
 from checkpoint import read_config
 from codec import load_codec
-from data import AUDIO
 from options import check_value, entry, new_parser
 from sample import ROOT, SHIPPED, System, generate, newest_checkpoint
 from toy import questions
@@ -279,6 +278,8 @@ def fingerprint(system):
 
 def answers_in(folder, count):
     """The files of a folder that are named by the number of a prompt: 000.wav, 001.wav, ..."""
+    from curate import AUDIO
+
     files = [p for p in folder.iterdir() if p.stem.isdigit() and p.suffix.lower() in AUDIO]
     numbered = {int(p.stem): p for p in files}
     if missing := [i for i in range(count) if i not in numbered]:

@@ -8,10 +8,11 @@
     torchrun --nproc_per_node=4 train.py ...                     on four cards
     python train.py --resume out/simba                           continues a stopped run
 
-A run is a folder: last/ and best/ (checkpoints, see checkpoint.py), log.jsonl, loss.png and two
-samples; with --keep-every N also step-N/, step-2N/, ...
+A run is a folder: last/ and best/ (checkpoint.py), log.jsonl, loss.png and two samples; with
+--keep-every N also step-N/, step-2N/, ...
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import sample
 import ssd_kernel
 from audio import FRAME_RATE, lock_folder, write_text
 from checkpoint import (
@@ -45,12 +47,12 @@ from checkpoint import (
     save_trainer,
 )
 from codec import load_codec
-from data import Clips
+from data import Clips, caption_of, clips_in, data_folder, shape_at, share, stages
 from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss
 from model import VARIANTS, LMConfig, MusicLM
 from options import add_arguments, check, entry, flag, new_parser, option
 from sample import multiplies_bf16
-from text import TYPICAL_LENGTH, TextEncoder
+from text import TextEncoder
 
 ROOT = Path(__file__).parent
 
@@ -127,13 +129,7 @@ def main(argv=None):
     if dry:
         from paper import budget
 
-        frames, batch = stages(config)[-1][1:]
-        tokens = seen_before(config.steps, config)[1]
-        text = budget.FLAN_T5_BASE  # which need not be at hand
-        if config.text_encoder == "toy":
-            text = sum(p.numel() for p in new_encoder("toy").parameters())
-        sizes = tokens, frames, batch, text
-        return print(budget.report(model_config, config, *sizes, processes.device))
+        return print(budget.report(model_config, config, processes.device))
     best = train(model_config, config, run, processes)
     processes.end()
     if processes.rank > 0:
@@ -141,8 +137,6 @@ def main(argv=None):
     refining = isinstance(model_config, RefinerConfig)
     unit = "squared error of v" if refining else "nats per token"
     print(f"{run}: best validation loss {best:.3f} {unit}; curve in {run}/loss.png")
-    import sample
-
     role = "--refiner" if refining else "--checkpoint"
     sample.main([*sample.SHOWCASE, role, str(run / "best"), "--out", str(run)])
 
@@ -180,7 +174,8 @@ def train(model_config, config, run, processes):
             rate = learning_rate(step, config)
             for group in trainer.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            torch.manual_seed(seed_of(config.seed, step, processes.rank))
+            chance = np.random.SeedSequence((config.seed, step, processes.rank))
+            torch.manual_seed(int(chance.generate_state(1)[0]))
             loss = 0.0
             parts = share(step, config, processes.rank, processes.ranks)
             for i, (_, count, _) in enumerate(parts):
@@ -237,10 +232,6 @@ def learning_rate(step, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def seed_of(*numbers):
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 @contextmanager
 def finish_step_on_signals():
     """Ctrl-C and SIGTERM set the event that this yields, instead of ending the process."""
@@ -262,6 +253,7 @@ class Data:
 
     def __init__(self, config, model_config, run):
         self.refining = isinstance(model_config, RefinerConfig)
+        self.describe = functools.partial(caption_of, refining=self.refining)
         self.start = run / "last" if begun(run) else initial(config, self.refining)
         self.resuming = begun(run)
         self.origin = read_config(self.start) if self.start else {}
@@ -275,32 +267,11 @@ class Data:
         manifest = (self.folder / "manifest.jsonl").read_bytes()
         self.fingerprint = hashlib.sha1(manifest).hexdigest()
 
-    def describe(self, row, rng):
-        return caption_of(row, rng, self.refining)
-
     def batch(self, config, first, count, frames):
         """Samples `first` ... of the shuffled data: codes (count, K, frames) and captions."""
         window = stages(config)[-1][1]  # a crop starts where the whole clip would
         describe, dropout = self.describe, config.caption_dropout
         return self.train.batch(first, count, frames, config.seed, describe, dropout, window)
-
-
-def data_folder(name):
-    if name != "toy":
-        return Path(name)
-    from toy import corpus
-
-    return corpus.folder()
-
-
-def caption_of(row, rng, refining=False):
-    """A caption for a row of a manifest. Toy clips have factors, from which it is drawn."""
-    if "factors" not in row:
-        return row["caption"]
-    from toy import words
-
-    # Codebook 1 tells a refiner the genre already; the words are for the lead instrument.
-    return (words.caption_with_lead if refining else words.caption)(row["factors"], rng)
 
 
 def build(model_config, config, data):
@@ -392,58 +363,6 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
 
 
-# --------------------------------------------------------------------- the course of training ----
-
-
-def stages(config):
-    """-> [(the step at which it ends, frames of a clip, clips of a micro-batch)].
-
-    Training starts with short crops, many per batch; their length doubles in equal stages until
-    clips are whole. A model learns what the words mean from how music begins, so many beginnings
-    teach it fast; whole clips then teach the long run.
-    """
-    whole, crop = (max(1, round(s * FRAME_RATE)) for s in (config.seconds, config.crop))
-    doublings = max(0, round(math.log2(whole / crop)))
-    ends = [round(config.steps * config.crop_until * (i + 1) / doublings) for i in range(doublings)]
-    lengths = [crop << i for i in range(doublings)]
-    text = TYPICAL_LENGTH  # about as many tokens per batch, with the text, at every length
-    clips = [config.batch * (whole + text) // (frames + text) for frames in lengths]
-    return [*zip(ends, lengths, clips), (config.steps, whole, config.batch)]
-
-
-def shape_at(step, config):
-    """-> frames of a clip and clips of a micro-batch"""
-    return next((frames, clips) for end, frames, clips in stages(config) if step < end)
-
-
-def clips_in(step, config):
-    """The clips of a step, over all processes."""
-    return shape_at(step, config)[1] * config.accumulate
-
-
-def seen_before(step, config):
-    """The samples and the tokens (of one codebook) before this step. The number of a sample decides
-    its clip, crop and caption; every clip is seen once before any is seen again."""
-    samples = tokens = begin = 0
-    for end, frames, clips in stages(config):
-        steps = max(0, min(step, end) - begin)
-        samples += config.accumulate * steps * clips
-        tokens += config.accumulate * steps * clips * frames
-        begin = max(begin, end)
-    return samples, tokens
-
-
-def share(step, config, rank, ranks):
-    """A process's part of a step -> micro-batches [(first sample, samples, frames)]"""
-    frames, batch = shape_at(step, config)
-    first = seen_before(step, config)[0]
-    total = batch * config.accumulate
-    if total < ranks:
-        raise ValueError(f"{ranks} processes are too many for {total} clips a step")
-    begin, end = (total * r // ranks for r in (rank, rank + 1))
-    return [(first + i, min(batch, end - i), frames) for i in range(begin, end, batch)]
-
-
 def prefetched(data, config, first_step, processes, ahead=2):
     """The run's micro-batches (codes on the device, captions), made in a thread ahead of time."""
     device = processes.device
@@ -458,9 +377,6 @@ def prefetched(data, config, first_step, processes, ahead=2):
             waiting.extend(submit(job) for job in itertools.islice(jobs, 1))
             codes = codes.pin_memory() if device.type == "cuda" else codes
             yield codes.to(device, non_blocking=True), captions
-
-
-# ------------------------------------------------------------------------------- one process ----
 
 
 class OneProcess:
@@ -702,8 +618,7 @@ def introduce(objective, config, data, device):
     if objective.model.config.variant != "transformer":
         print(ssd_kernel.path(device))
     text = sum(p.numel() for p in objective.encoder.parameters())
-    tokens = seen_before(config.steps, config)[1]
-    print(budget.describe_cost(objective.model.config, config, tokens, text))
+    print(budget.describe_cost(objective.model.config, config, text))
     print(f"{len(data.train):,} clips to train on, {len(data.valid):,} to validate; on {device}")
 
 
@@ -718,8 +633,7 @@ def parse_arguments(argv):
     first.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     first.add_argument("--init-from", default="")
     first.add_argument("--dry-run", action="store_true", help="print what it would cost, and end")
-    kinds = ", ".join([*VARIANTS, "refiner"])
-    first.add_argument("--variant", default="simba", help=f"what to train: {kinds} [simba]")
+    first.add_argument("--variant", default="simba", help=f"{', '.join(VARIANTS)} or refiner")
     known = first.parse_known_args(argv)[0]
     refining = known.variant == "refiner"
     kind, presets = (RefinerConfig, REFINER_PRESETS) if refining else (LMConfig, PRESETS)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ssd_kernel
+from data import seen_before, stages
 from diffusion import Refiner, RefinerConfig
 from model import MusicLM
 from sample import multiplies_bf16
@@ -138,10 +139,16 @@ def products_per_second(device, seconds=0.5) -> float:
     return 2 * size**3 * count / (time.perf_counter() - begun)
 
 
-def report(config, train, tokens, frames, batch, text_parameters, device) -> str:
-    """The dry run: cost, memory on a GPU and hours. tokens: of the whole run; clips of `frames`
-    frames, `batch` of them in a micro-batch, are the largest that it meets."""
+def report(config, train, device) -> str:
+    """The dry run of a config and a TrainConfig: cost, memory on a GPU, and hours."""
     count = parameters(config)
+    tokens = seen_before(train.steps, train)[1]
+    frames, batch = stages(train)[-1][1:]
+    text_parameters = FLAN_T5_BASE  # which need not be at hand
+    if train.text_encoder == "toy":
+        from toy import corpus
+
+        text_parameters = sum(p.numel() for p in corpus.text_encoder().parameters())
     parts = memory(config, train, count, text_parameters, frames, batch)
     total = sum(parts.values())
     line = f"memory on a GPU: {total / 1e9:.1f} GB"
@@ -152,15 +159,16 @@ def report(config, train, tokens, frames, batch, text_parameters, device) -> str
     hours = [6 * count * tokens / (UTILISATION * r) / 3600 for r in (rate, RTX_3090)]
     here, there = (f"{60 * h:.1f} minutes" if h < 1 else f"{h:,.0f} hours" for h in hours)
     return (
-        f"{describe_cost(config, train, tokens, text_parameters)}\n{line}\n"
+        f"{describe_cost(config, train, text_parameters)}\n{line}\n"
         f"about {here} on one such {device.type}, at {UTILISATION:.0%} of the {rate / 1e12:.2f} "
         f"TFLOP/s of its matrix products; {there} on an RTX 3090 ({RTX_3090 / 1e12:.0f} TFLOP/s)"
     )
 
 
-def describe_cost(config, train, tokens, text_parameters) -> str:
+def describe_cost(config, train, text_parameters) -> str:
     """The first lines of every run: parameters, tokens and FLOPs (SSMTTM, [4] there)."""
     count = parameters(config)
+    tokens = seen_before(train.steps, train)[1]
     trained = "trained too" if train.train_text_encoder else "frozen"
     return (
         f"{config.variant}, {config.blocks} blocks, {config.codebooks} codebook(s): "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import VOCAL, audio_files, find_caption, new_track
+from curate import VOCAL, audio_files, find_caption, new_track
 from paper.captions import mentions_vocals, read_table, sentence_from_tags
 
 # -------------------------------------------------------------------------------- MTG-Jamendo ----

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_data import lines, tone, write_song
 
+import curate
 import data
 from paper import captions
 from paper.captions import LPMusicCaps, Rephraser, Separator, mentions_vocals, read_table
@@ -271,4 +272,4 @@ def test_the_whole_road_vocals_out_and_captions_by_models(tmp_path, demucs, capt
     assert row["caption"] and row["caption_from"] == f"{captioner}, {chat_model}"
     assert len(demucs) == 1, "a clip once, and none that its caption rules out"
     (skipped,) = lines(tmp_path / "d/skipped.jsonl")
-    assert skipped["reason"] == data.VOCAL and skipped["path"].endswith("sung.wav")
+    assert skipped["reason"] == curate.VOCAL and skipped["path"].endswith("sung.wav")

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import soundfile
 
+import curate
 import data
 from audio import audio_blocks, lock_folder, read_audio
-from data import Clips, Options, Writer
+from curate import Options
+from data import Clips, Writer
 from paper import sources
 
 CODEC = SimpleNamespace(name="toy", codebooks=9, codebook_size=1024, sample_rate=44100, hop=512)
@@ -343,7 +345,9 @@ def test_memory_does_not_grow_with_a_file(tmp_path):
         for _ in range(60):
             file.write(np.stack([tone(10, 48000)] * 2, 1))
     tracemalloc.start()
-    seconds = sum(audio.shape[1] for _, audio in data.clips_of(tmp_path / "long.flac", 30 * 44100))
+    seconds = sum(
+        audio.shape[1] for _, audio in curate.clips_of(tmp_path / "long.flac", 30 * 44100)
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seconds == 600 * 44100 and peak < 60e6  # the whole would be 106 MB, four times over
@@ -464,7 +468,7 @@ def test_music_that_was_added_is_added_and_the_rest_stays(songs, tmp_path, monke
     data.main(command)
     before = contents(tmp_path / "data")
     made = []
-    real = data.make_track
+    real = curate.make_track
     monkeypatch.setattr(
         data, "make_track", lambda track, *a: made.append(track["track"]) or real(track, *a)
     )
@@ -633,7 +637,7 @@ def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert data.audio_files(tmp_path) == [(closed, "cannot be read: Permission denied")]
+    assert curate.audio_files(tmp_path) == [(closed, "cannot be read: Permission denied")]
 
 
 def test_no_audio_is_one_sentence_and_exit_2(tmp_path):
@@ -650,7 +654,7 @@ def test_no_audio_is_one_sentence_and_exit_2(tmp_path):
 def test_music_without_captions_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     write_song(tmp_path / "music/a.wav", tone(2), caption=None)
     write_song(tmp_path / "music/b.wav", tone(2), caption=None)
-    monkeypatch.setattr(data, "audio_blocks", None)
+    monkeypatch.setattr(curate, "audio_blocks", None)
     with pytest.raises(ValueError, match="no file can be used: has no caption: add a .txt.* .2."):
         data.main(["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d")])
     assert not (tmp_path / "d").exists()
@@ -677,7 +681,7 @@ def splits(*tracks, valid=0.1):
     for number, (clips, about) in enumerate(tracks):
         track = dict(path=f"/music/{number}.wav", track=f"{number}.wav") | about
         rows += [track | dict(codes=("file", i)) for i in range(clips)]
-    data.share_out(rows, valid)
+    curate.share_out(rows, valid)
     return [
         "".join(row["split"][0] for row in rows if row["path"] == f"/music/{number}.wav")
         for number in range(len(tracks))
@@ -841,4 +845,4 @@ def test_musiccaps_are_chosen_by_seed_among_those_without_vocals(tmp_path):
         assert len(clips) == 4 and not any("sings" in row["caption"] for row in clips.rows)
     assert chosen[0] == chosen[1] != chosen[2]
     reasons = Counter(s["reason"].partition(" in ")[0] for s in lines(out / "skipped.jsonl"))
-    assert reasons == {data.VOCAL: 3, "has no audio": 1, "is not among the 4 chosen": 4}
+    assert reasons == {curate.VOCAL: 3, "has no audio": 1, "is not among the 4 chosen": 4}

@@ -27,6 +27,7 @@ from checkpoint import (
     save_checkpoint,
     save_trainer,
 )
+from data import seen_before
 from paper import budget
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +85,7 @@ def test_every_clip_of_a_step_belongs_to_one_process():
     config = train.TrainConfig(steps=8, seconds=10.0, crop=2.5, crop_until=0.5, batch=3)
     config.accumulate = 2
     for step in range(8):
-        first, (frames, batch) = train.seen_before(step, config)[0], train.shape_at(step, config)
+        first, (frames, batch) = seen_before(step, config)[0], train.shape_at(step, config)
         for ranks in (1, 2, 4, 6):
             parts = [p for r in range(ranks) for p in train.share(step, config, r, ranks)]
             clips = [i for begin, count, _ in parts for i in range(begin, begin + count)]

@@ -14,6 +14,7 @@ from test_data import some_clips
 import sample
 import train
 from checkpoint import load_checkpoint, read_config, read_tensors
+from data import seen_before
 from options import entry
 from train import PRESETS, TrainConfig, learning_rate, shape_at
 
@@ -188,7 +189,7 @@ def test_samples_are_counted_without_gaps():
     config = TrainConfig(steps=10, seconds=10.0, crop=2.5, crop_until=0.75, batch=4, accumulate=3)
     samples = tokens = 0
     for step in range(10):
-        assert train.seen_before(step, config) == (samples, tokens)
+        assert seen_before(step, config) == (samples, tokens)
         frames, clips = shape_at(step, config)
         samples, tokens = samples + 3 * clips, tokens + 3 * clips * frames
 
