@@ -470,7 +470,7 @@ def test_music_that_was_added_is_added_and_the_rest_stays(songs, tmp_path, monke
     made = []
     real = curate.make_track
     monkeypatch.setattr(
-        data, "make_track", lambda track, *a: made.append(track["track"]) or real(track, *a)
+        curate, "make_track", lambda track, *a: made.append(track["track"]) or real(track, *a)
     )
     data.main(command)
     assert made == ["3.wav", "7.wav"], "what gave nothing is tried again"
