@@ -578,7 +578,7 @@ class MusicLM(nn.Module):
             self.register_buffer("periods", torch.tensor(self.PERIODS), persistent=False)
         self.recompute = 0  # in training, this many blocks are recomputed in the backward pass
         # What a layer adds to the residual stream shrinks with depth, as in GPT-2 and Mamba.
-        depth = config.blocks * len(VARIANTS[config.variant])
+        depth = sum(len(block.layers) for block in self.blocks)
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "out.weight", "down.weight")):
                 parameter.data /= math.sqrt(depth)
@@ -678,7 +678,7 @@ class MusicLM(nn.Module):
         h, state = self.read(columns, text, text_mask, tempo)
         for block, states in zip(self.blocks, state.blocks):
             for i, layer in enumerate(block.layers):
-                if isinstance(layer, SelfAttention):
+                if hasattr(layer, "with_room"):
                     states[i] = layer.with_room(states[i], room)
         return self.logits(h[:, -1]), state
 
