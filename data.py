@@ -201,11 +201,6 @@ def shape_at(step, config):
     return next((frames, clips) for end, frames, clips in stages(config) if step < end)
 
 
-def clips_in(step, config):
-    """The clips of a step, over all processes."""
-    return shape_at(step, config)[1] * config.accumulate
-
-
 def seen_before(step, config):
     """The samples and the tokens (of one codebook) before this step. The number of a sample decides
     its clip, crop and caption; every clip is seen once before any is seen again."""

@@ -47,7 +47,7 @@ from checkpoint import (
     save_trainer,
 )
 from codec import load_codec
-from data import Clips, caption_of, clips_in, data_folder, shape_at, share, stages
+from data import Clips, caption_of, data_folder, shape_at, share, stages
 from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss
 from model import VARIANTS, LMConfig, MusicLM
 from options import add_arguments, check, entry, flag, new_parser, option
@@ -170,7 +170,8 @@ def train(model_config, config, run, processes):
     with lock, finish_step_on_signals() as stop:
         for step in range(trainer.step, config.steps):
             started = time.time()
-            frames = shape_at(step, config)[0]
+            frames, clips = shape_at(step, config)
+            clips *= config.accumulate  # of all processes
             rate = learning_rate(step, config)
             for group in trainer.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
@@ -180,7 +181,7 @@ def train(model_config, config, run, processes):
             parts = share(step, config, processes.rank, processes.ranks)
             for i, (_, count, _) in enumerate(parts):
                 codes, captions = next(batches)
-                weight = count * processes.ranks / clips_in(step, config)
+                weight = count * processes.ranks / clips
                 with processes.averaging(wrapped, last=i == len(parts) - 1):
                     part = wrapped(codes, captions) * weight
                     part.backward()
@@ -193,15 +194,14 @@ def train(model_config, config, run, processes):
                 bad_steps = 0
             else:
                 bad_steps += 1
-                print(f"\nstep {step}: loss {loss}, gradient {norm}; step skipped")
+                log.print(f"\nstep {step}: loss {loss}, gradient {norm}; step skipped")
                 if bad_steps == 10:
                     raise ValueError(f"10 bad steps in a row; last good checkpoint: {run}/last")
             trainer.optimizer.zero_grad(set_to_none=True)
             trainer.step = step + 1
-            seconds = time.time() - started
             log.write(
-                step=step + 1, loss=loss, norm=norm, lr=rate, seconds=seconds,
-                tokens=clips_in(step, config) * frames,
+                step=step + 1, loss=loss, norm=norm, lr=rate, tokens=clips * frames,
+                seconds=time.time() - started,
             )  # fmt: skip
             if (step + 1) % 10 == 0 or step + 1 == config.steps:
                 log.print_progress(config.steps)
@@ -217,6 +217,8 @@ def train(model_config, config, run, processes):
                 if config.keep_every and (step + 1) % config.keep_every == 0:
                     trainer.save(f"step-{step + 1}")
                 trainer.save("last")
+    if cut := objective.encoder.cut:
+        log.print(f"\n{cut:,} captions were cut to {objective.encoder.max_tokens} tokens")
     if main_rank:
         from paper import figures
 
@@ -254,8 +256,8 @@ class Data:
     def __init__(self, config, model_config, run):
         self.refining = isinstance(model_config, RefinerConfig)
         self.describe = functools.partial(caption_of, refining=self.refining)
-        self.start = run / "last" if begun(run) else initial(config, self.refining)
         self.resuming = begun(run)
+        self.start = run / "last" if self.resuming else initial(config, self.refining)
         self.origin = read_config(self.start) if self.start else {}
         self.folder = data_folder(config.data)
         self.train, self.valid = (
@@ -264,8 +266,7 @@ class Data:
         )
         self.codec_name = self.train.meta["codec"]
         self.codec = load_codec(self.codec_name) if self.refining else None
-        manifest = (self.folder / "manifest.jsonl").read_bytes()
-        self.fingerprint = hashlib.sha1(manifest).hexdigest()
+        self.fingerprint = hashlib.sha1((self.folder / "manifest.jsonl").read_bytes()).hexdigest()
 
     def batch(self, config, first, count, frames):
         """Samples `first` ... of the shuffled data: codes (count, K, frames) and captions."""
@@ -407,9 +408,6 @@ def join_processes(device_name):
     from paper.distributed import Processes
 
     return Processes(device)
-
-
-# ------------------------------------------------------------------------ the optimizer's part ----
 
 
 class Trainer:
@@ -576,7 +574,7 @@ class Log:
         self.writes = writes
         self.rows = []
         self.begun = time.time()
-        self.first = step
+        self.steps = self.tokens = 0  # of this process
         if path.exists():
             lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be cut
             try:
@@ -588,6 +586,8 @@ class Log:
 
     def write(self, **row):
         self.rows.append(row)
+        self.steps += "loss" in row
+        self.tokens += row.get("tokens", 0)
         if self.writes:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -600,12 +600,12 @@ class Log:
             print(text, end=end, flush=True)
 
     def print_progress(self, steps):
-        mine = [row for row in self.rows if "loss" in row and row["step"] > self.first]
-        row, recent = mine[-1], mine[-50:]
+        recent = [row for row in self.rows[-100:] if "loss" in row][-min(50, self.steps) :]
+        row = recent[-1]
         elapsed = time.time() - self.begun
         loss = sum(row["loss"] for row in recent) / len(recent)
-        rate = sum(row["tokens"] for row in mine) / elapsed
-        left = elapsed / len(mine) * (steps - row["step"]) / 60
+        rate = self.tokens / elapsed
+        left = elapsed / self.steps * (steps - row["step"]) / 60
         line = f"\rstep {row['step']:6}/{steps}  loss {loss:.3f}  lr {row['lr']:.1e}  "
         line += f"|g| {row['norm']:5.2f}  {rate:7,.0f} tokens/s  {left:5.1f} min left "
         self.print(line, end="")
