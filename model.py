@@ -549,6 +549,7 @@ class LMState(NamedTuple):
     blocks: list  # for each block and layer: MambaState, KVCache, TextCache or None
     position: Tensor  # (B,), of the next frame (LMConfig.clock); padding does not count
     tempo: Tensor  # (B,), the bpm in the text, 0 where there is none
+    past: int  # frames of music before position 0, which count for the metronome
 
 
 class MusicLM(nn.Module):
@@ -605,11 +606,12 @@ class MusicLM(nn.Module):
             columns[:, k, k + 1 : k + 1 + L] = codes[:, k]
         return columns
 
-    def read(self, columns, text=None, text_mask=None, tempo=None, state=None):
+    def read(self, columns, text=None, text_mask=None, tempo=None, state=None, past=0):
         """Reads columns (B,K,L) (see `delay`) in parallel -> hidden (B,L,D) and the LMState after
         them.
 
         text (B,S,d_text), text_mask (B,S), tempo (B,): read first, at the beginning of a piece.
+        past: frames of the piece before these columns; the metronome counts them, positions do not.
         state: where an earlier part of the same sequence ended, instead of the text. Reading a
         sequence in parts gives the same hidden vectors, states and gradients as reading it whole.
         """
@@ -617,7 +619,7 @@ class MusicLM(nn.Module):
         B, L = h.shape[:2]
         mask = None
         if state is not None:
-            tempo = state.tempo
+            tempo, past = state.tempo, state.past
             position = state.position[:, None] + torch.arange(L, device=h.device)
         else:
             tempo = text.new_zeros(B) if tempo is None else tempo
@@ -633,7 +635,7 @@ class MusicLM(nn.Module):
                     position = (mask.cumsum(1) - 1).clamp(min=0)
                 else:  # the text has negative positions
                     position = torch.arange(-text.shape[1], L, device=h.device).expand(B, -1)
-        h = h + self._positions(position, tempo[:, None]).to(h.dtype)
+        h = h + self._positions(position, tempo[:, None], past).to(h.dtype)
         context = Context(text, text_mask, mask)
         before = state.blocks if state is not None else [None] * len(self.blocks)
         after = []
@@ -643,39 +645,39 @@ class MusicLM(nn.Module):
             else:
                 h, states = block(h, context, states)
             after.append(states)
-        return h[:, -L:], LMState(after, position[:, -1] + 1, tempo)
+        return h[:, -L:], LMState(after, position[:, -1] + 1, tempo, past)
 
     def _embed(self, columns):
         """(B, K, ...) -> (B, ..., D): the sum of the codebooks' embeddings."""
         return sum(embed(columns[:, k]) for k, embed in enumerate(self.embeddings))
 
-    def _positions(self, position, tempo):
+    def _positions(self, position, tempo, past=0):
         """Sinusoids (..., D). Later positions than those of training repeat the last one: unseen
         sinusoids derail the model, a familiar one does not."""
         known = position.clamp(max=self.config.trained_frames - 1)
         h = sinusoids(known, self.config.d_model, self.text_norm.weight.dtype)
-        return h + self._beats(position, tempo) if self.config.clock == "beat" else h
+        return h + self._beats(position, tempo, past) if self.config.clock == "beat" else h
 
-    def _beats(self, position, tempo):
+    def _beats(self, position, tempo, past=0):
         """A metronome: where in the beat and the bar each frame is, if the text names a tempo.
 
         positions (...) and bpm, 0 for unknown -> (..., D). A small model learns slowly what a
         number of bpm means, and drifts from the beat. The metronome starts with the music.
         """
-        beats = position * (tempo / (60 * FRAME_RATE))
+        beats = (position + past) * (tempo / (60 * FRAME_RATE))
         angle = 2 * math.pi * (beats[..., None] / self.periods).frac()
         waves = torch.cat([angle.cos(), angle.sin(), torch.ones_like(angle[..., :1])], -1)
         known = (tempo > 0) & (position >= 0)
         return self.beat_proj((waves * known[..., None]).to(self.beat_proj.weight.dtype))
 
-    def prefill(self, text, text_mask, tempo=None, codes=None, room=0):
+    def prefill(self, text, text_mask, tempo=None, codes=None, room=0, past=0):
         """Reads the text, the begin token and the codes (B,K,T) so far, if any
         -> logits (B,K,V) of the next column, and the LMState to `step` from. room: number of steps
-        to come, for the layers whose state is a cache."""
+        to come, for the layers whose state is a cache. past: see `read`."""
         if codes is None:
             codes = torch.empty(len(text), len(self.heads), 0, dtype=torch.long, device=text.device)
         columns = self.delay(codes)[:, :, : codes.shape[2] + 1]
-        h, state = self.read(columns, text, text_mask, tempo)
+        h, state = self.read(columns, text, text_mask, tempo, past=past)
         for block, states in zip(self.blocks, state.blocks):
             for i, layer in enumerate(block.layers):
                 if hasattr(layer, "with_room"):
@@ -685,7 +687,7 @@ class MusicLM(nn.Module):
     def step(self, column, state):
         """column (B,K), the tokens just chosen -> logits (B,K,V) of the next; updates state."""
         h = self._embed(column)
-        h = h + self._positions(state.position, state.tempo).to(self.text_norm.weight.dtype)
+        h = h + self._positions(state.position, state.tempo, state.past).to(self.text_norm.weight.dtype)
         for block, states in zip(self.blocks, state.blocks):
             h = block.step(h, states)
         state.position.add_(1)

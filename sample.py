@@ -12,6 +12,7 @@ the same bytes on the same machine. The defaults in brackets are those of the ch
 The file has two parts: sampling (`generate`, one token at a time) and the command.
 """
 
+import collections
 import copy
 import itertools
 import os
@@ -89,35 +90,54 @@ def sample_tokens(logits, uniform, temperature=1.2, top_k=250, top_p=1.0):
 @torch.inference_mode()
 def generate(
     lm, encoder, prompts, frames, seeds, *, negative="", guidance=3.0, temperature=1.2, top_k=250,
-    top_p=1.0, codes=None, block=64,
+    top_p=1.0, codes=None, before=None, kept=None, block=64,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Samples `frames` frames for each of R prompts; yields blocks (R, K, up to `block`).
 
     seeds: R integers; negative: the prompt of the unconditional half of guidance; codes (R,K,T):
-    music to continue, which is not yielded again. Memory does not grow with `frames`, except for a
-    model with self-attention. ValueError if the model's output is not finite.
+    music to continue, which is not yielded again; before: its length in frames, if `codes` is only
+    the end of it. ValueError if the model's output is not finite.
+
+    A model whose text is a prefix forgets it beyond the length of its training clips. So whenever
+    it reaches that length, it reads the text again, and the last `kept` frames of the music (half
+    of that length; 0: it never does). Memory does not grow with `frames`, except for a model with
+    self-attention.
     """
     K = len(lm.heads)
     device = lm.heads[0].weight.device
     if codes is None:
         codes = torch.empty(len(prompts), K, 0, dtype=torch.long)
     codes = codes.to(device)
+    T = codes.shape[2]
+    before = (T if before is None else before) - T
     captions = [*prompts]
     both_halves = lambda v: v
     if guidance != 1:
         captions += [negative] * len(prompts)
         both_halves = lambda v: torch.cat([v, v])
+    trained = lm.config.trained_frames
+    if kept is None:
+        kept = trained // 2 if lm.config.prefix else 0
     steps = frames + K - 1
-    with precision(lm):
-        logits, state = lm.prefill(*encoder(captions), both_halves(codes), room=steps)
     # The next K - 1 columns are known in part: fine codes of the music so far, one frame behind
     # each other in the delay pattern.
-    known = lm.delay(codes)[:, :, codes.shape[2] + 1 :]  # (R, K, K - 1)
+    known = lm.delay(codes)[:, :, T + 1 :]  # (R, K, K - 1)
+    columns = collections.deque(lm.delay(codes)[:, :, 1 : T + 1].unbind(2), maxlen=max(trained, T) + K)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    step = None
-    columns = []  # the last K, (R, K) each
     done = []  # frames (R, K) that have all their codebooks
+    reading = 0  # the step of the next reading
+    with precision(lm):
+        text = encoder(captions)
     for s in range(steps):
+        if s == reading:
+            recent = [*columns][-kept:]
+            left = min(steps - s, max(trained - len(recent), 1)) if kept else steps
+            reading = s + left
+            codes = undelay(torch.stack(recent, 2)) if recent else codes
+            past = before + T + s - len(recent)
+            with precision(lm):
+                logits, state = lm.prefill(*text, both_halves(codes), left, past)
+            step = None
         if s % block == 0:
             uniform = torch.stack([torch.rand(block, K, generator=g) for g in generators])
             uniform = uniform.to(device)  # (R, block, K)
@@ -126,19 +146,25 @@ def generate(
         column = sample_tokens(logits, uniform[:, s % block], temperature, top_k, top_p)
         if s < K - 1:
             column[:, s + 1 :] = known[:, s + 1 :, s]
-        columns = [*columns, column][-K:]
-        if len(columns) == K:
-            done.append(torch.stack([columns[k][:, k] for k in range(K)], 1))
+        columns.append(column)
+        if s >= K - 1:
+            done.append(torch.stack([columns[k - K][:, k] for k in range(K)], 1))
         if len(done) == block or s == steps - 1:
             if not logits.isfinite().all():
                 raise ValueError("the model's predictions are not finite: its training diverged")
             yield torch.stack(done, 2).cpu()
             done = []
-        if s < steps - 1:
+        if s + 1 < reading:
             column = both_halves(column)
             with precision(lm):
                 step = step or step_function(lm, column, state)
                 logits = step(column)
+
+
+def undelay(columns):
+    """Columns (B, K, L) in the delay pattern -> codes (B, K, L). In the last K - 1 frames, the codes
+    of later columns are not known; `lm.delay` moves them beyond column L again."""
+    return torch.stack([column.roll(-k, -1) for k, column in enumerate(columns.unbind(1))], 1)
 
 
 def step_function(lm, column, state):
