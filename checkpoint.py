@@ -33,13 +33,12 @@ def save_checkpoint(folder, model, encoder, extra=None, dtype=None, weights=None
     if encoder.fill:
         text["fill"] = encoder.fill
     if encoder.name == "small":
-        t5 = encoder.encoder.config
-        text |= dict(d_model=t5.d_model, layers=t5.num_layers, max_tokens=encoder.max_tokens)
-        write_text(folder / "tokenizer.json", encoder.tokenizer.backend_tokenizer.to_str())
+        t5 = encoder.encoder
+        text |= dict(d_model=t5.d_model, layers=t5.layers, max_tokens=encoder.max_tokens)
+        write_text(folder / "tokenizer.json", encoder.tokenizer_json)
     tensors = {f"lm.{k}": v for k, v in (weights or model.state_dict()).items()}
     if text["stored"]:
         tensors |= {f"text.{k}": v for k, v in encoder.encoder.state_dict().items()}
-        tensors.pop("text.encoder.embed_tokens.weight", None)  # the same as text.shared.weight
     write_tensors(folder / "model.safetensors", tensors, dtype=dtype)
     config = {"model": asdict(model.config), "text": text, **(extra or {})}
     write_text(folder / "config.json", json.dumps(config, indent=1))
@@ -126,8 +125,6 @@ def load_weights(module, file, prefix=""):
     """Fills a module with the tensors of a file whose names begin with `prefix`."""
     tensors = read_tensors(file)
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    for name in [name for name in tensors if name.endswith("shared.weight")]:
-        tensors[name.replace("shared", "encoder.embed_tokens")] = tensors[name]
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

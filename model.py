@@ -687,7 +687,8 @@ class MusicLM(nn.Module):
     def step(self, column, state):
         """column (B,K), the tokens just chosen -> logits (B,K,V) of the next; updates state."""
         h = self._embed(column)
-        h = h + self._positions(state.position, state.tempo, state.past).to(self.text_norm.weight.dtype)
+        position = self._positions(state.position, state.tempo, state.past)
+        h = h + position.to(self.text_norm.weight.dtype)
         for block, states in zip(self.blocks, state.blocks):
             h = block.step(h, states)
         state.position.add_(1)

@@ -121,8 +121,8 @@ def generate(
     steps = frames + K - 1
     # The next K - 1 columns are known in part: fine codes of the music so far, one frame behind
     # each other in the delay pattern.
-    known = lm.delay(codes)[:, :, T + 1 :]  # (R, K, K - 1)
-    columns = collections.deque(lm.delay(codes)[:, :, 1 : T + 1].unbind(2), maxlen=max(trained, T) + K)
+    columns, known = lm.delay(codes)[:, :, 1:].split([T, K - 1], 2)
+    columns = collections.deque(columns.unbind(2), maxlen=max(trained, T) + K)  # (R, K) each
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     done = []  # frames (R, K) that have all their codebooks
     reading = 0  # the step of the next reading
@@ -162,8 +162,8 @@ def generate(
 
 
 def undelay(columns):
-    """Columns (B, K, L) in the delay pattern -> codes (B, K, L). In the last K - 1 frames, the codes
-    of later columns are not known; `lm.delay` moves them beyond column L again."""
+    """Columns (B, K, L) in the delay pattern -> codes (B, K, L). In the last K - 1 frames some
+    codes belong to later columns and are arbitrary; `lm.delay` puts them behind column L again."""
     return torch.stack([column.roll(-k, -1) for k, column in enumerate(columns.unbind(1))], 1)
 
 

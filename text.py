@@ -1,12 +1,90 @@
-"""The text encoder: captions -> vectors, by Flan-T5 or by a small T5 of the same class."""
+"""The text encoder: captions -> vectors, by Flan-T5 or by a small T5 that ships.
 
+T5's encoder (arXiv 1910.10683, with the gated GELU of v1.1) is a transformer that looks both ways.
+Ours is `T5`; its weights have the names of transformers' `T5EncoderModel`, and give what it gives.
+"""
+
+import functools
+import json
+import math
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 TYPICAL_LENGTH = 64  # tokens of a caption, to size batches and memory by
+
+
+class T5(nn.Module):
+    """T5's encoder. ids (B,S), mask (B,S), True at real tokens -> hidden (B,S,d_model)."""
+
+    BUCKETS, FAR = 32, 128  # of distances between tokens; all from FAR on share one
+
+    def __init__(self, vocab_size, d_model, num_layers, num_heads, d_kv, d_ff):
+        super().__init__()
+        self.d_model, self.layers, self.heads = d_model, num_layers, num_heads
+        linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
+        inner = num_heads * d_kv
+        blocks = []
+        for i in range(num_layers):
+            attention = {name: linear(d_model, inner) for name in "qkv"} | {
+                "o": linear(inner, d_model)
+            }
+            if i == 0:
+                attention["relative_attention_bias"] = nn.Embedding(self.BUCKETS, num_heads)
+            gated = dict(
+                wi_0=linear(d_model, d_ff), wi_1=linear(d_model, d_ff), wo=linear(d_ff, d_model)
+            )
+            layer = [
+                {
+                    "SelfAttention": nn.ModuleDict(attention),
+                    "layer_norm": nn.RMSNorm(d_model, 1e-6),
+                },
+                {"DenseReluDense": nn.ModuleDict(gated), "layer_norm": nn.RMSNorm(d_model, 1e-6)},
+            ]
+            blocks.append(nn.ModuleDict({"layer": nn.ModuleList(map(nn.ModuleDict, layer))}))
+        self.shared = nn.Embedding(vocab_size, d_model)
+        parts = dict(block=nn.ModuleList(blocks), final_layer_norm=nn.RMSNorm(d_model, 1e-6))
+        self.encoder = nn.ModuleDict(parts)
+        self.dropout = nn.Dropout(0.1)
+        for name, module in self.named_modules():  # T5 has no 1 / sqrt(d_kv): it is in q's weights
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if name.endswith(".q"):
+                    module.weight.data /= math.sqrt(d_kv)
+
+    def forward(self, ids, mask):
+        h = self.dropout(self.shared(ids))
+        first = self.encoder["block"][0]["layer"][0]["SelfAttention"]
+        bias = first["relative_attention_bias"](self.buckets(ids.shape[1], ids.device))  # (S, S, H)
+        bias = rearrange(bias, "i j h -> h i j").masked_fill(~mask[:, None, None].bool(), -1e9)
+        for block in self.encoder["block"]:
+            attention, gated = block["layer"]
+            layer, x = attention["SelfAttention"], attention["layer_norm"](h)
+            q, k, v = (
+                rearrange(layer[name](x), "b s (h d) -> b h s d", h=self.heads) for name in "qkv"
+            )
+            y = F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
+            h = h + self.dropout(layer["o"](rearrange(y, "b h s d -> b s (h d)")))
+            layer, x = gated["DenseReluDense"], gated["layer_norm"](h)
+            y = layer["wo"](F.gelu(layer["wi_0"](x), approximate="tanh") * layer["wi_1"](x))
+            h = h + self.dropout(y)
+        return self.dropout(self.encoder["final_layer_norm"](h))
+
+    def buckets(self, S, device):
+        """(S, S): the bucket of the distance from token i to token j. In each direction eight near
+        distances have one each; the others share eight, whose widths grow with the distance."""
+        place = torch.arange(S, device=device)
+        distance = place[None] - place[:, None]
+        side = self.BUCKETS // 2
+        near = side // 2
+        far = (distance.abs().clamp(min=1) / near).log() / math.log(self.FAR / near)
+        far = (near + (far * (side - near)).long()).clamp(max=side - 1)
+        within = torch.where(distance.abs() < near, distance.abs(), far)
+        return within + side * (distance > 0)
 
 
 class TextEncoder(nn.Module):
@@ -24,9 +102,13 @@ class TextEncoder(nn.Module):
         r"(?<![\d.])(\d{2,3}(?:\.\d+)?) ?(?:bpm|beats (?:per|a) minute)", re.IGNORECASE
     )
 
-    def __init__(self, tokenizer, encoder, name, max_tokens):
+    def __init__(self, tokenizer_json, encoder, name, max_tokens):
+        from tokenizers import Tokenizer
+
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer_json = tokenizer_json
+        self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        self.tokenizer.enable_truncation(max_tokens)
         self.encoder = encoder
         self.name = name
         self.max_tokens = max_tokens
@@ -36,36 +118,39 @@ class TextEncoder(nn.Module):
     @classmethod
     def small(cls, tokenizer_json: str, d_model=128, layers=2, max_tokens=128):
         """A new T5 with `layers` blocks; tokenizer_json: the text of a tokenizer.json."""
-        from tokenizers import Tokenizer
-        from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(tokenizer_json), pad_token="<pad>", eos_token="</s>"
-        )
-        config = T5Config(
-            vocab_size=len(tokenizer), d_model=d_model, d_kv=32, d_ff=2 * d_model,
-            num_layers=layers, num_heads=d_model // 32, feed_forward_proj="gated-gelu",
-        )  # fmt: skip
-        return cls(tokenizer, T5EncoderModel(config), "small", max_tokens)
+        encoder = cls(tokenizer_json, None, "small", max_tokens)
+        vocab_size = encoder.tokenizer.get_vocab_size()
+        encoder.encoder = T5(vocab_size, d_model, layers, d_model // 32, 32, 2 * d_model)
+        return encoder
 
     @classmethod
     def pretrained(cls, name="google/flan-t5-base", max_tokens=256):
-        """A published encoder, by its name on the hub or from a folder; ValueError if neither."""
-        from transformers import AutoTokenizer, T5EncoderModel
+        """A published T5 v1.1 (Flan-T5 is one), frozen: a name on the hub, from where it is loaded
+        once, or a folder with config.json, model.safetensors and tokenizer.json. ValueError if it
+        cannot be had, or is another kind of model."""
+        from huggingface_hub import hf_hub_download
+        from safetensors.torch import load_file
 
+        get = functools.partial(hf_hub_download, name)
+        if Path(name).is_dir():
+            get = Path(name).joinpath
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            encoder = T5EncoderModel.from_pretrained(name)
+            config = json.loads(Path(get("config.json")).read_text(encoding="utf-8"))
+            tokenizer_json = Path(get("tokenizer.json")).read_text(encoding="utf-8")
+            shape = "vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff"
+            encoder = T5(**{key: config[key] for key in shape})
+            tensors = load_file(get("model.safetensors"))
+            encoder.load_state_dict({key: tensors[key] for key in encoder.state_dict()})
         except Exception as error:  # the hub's client raises many kinds; all mean the same here
             raise ValueError(
                 f"the text encoder {name} could not be loaded ({type(error).__name__}): it is "
                 f"downloaded once from https://huggingface.co/{name}, or name a folder"
             ) from None
-        return cls(tokenizer, encoder.requires_grad_(False).eval(), name, max_tokens)
+        return cls(tokenizer_json, encoder.requires_grad_(False).eval(), name, max_tokens)
 
     @property
     def d_text(self):
-        return self.encoder.config.d_model
+        return self.encoder.d_model
 
     @property
     def trained(self):
@@ -73,30 +158,32 @@ class TextEncoder(nn.Module):
         return any(p.requires_grad for p in self.parameters())
 
     def is_too_long(self, caption):
-        return len(self.tokenizer(caption).input_ids) > self.max_tokens
+        return bool(self.tokenizer.encode(caption).overflowing)
 
     def forward(self, captions: list[str], multiple=1):
         """multiple: S is rounded up to a multiple of this, at most to max_tokens."""
-        batch = self.tokenizer(
-            captions, truncation=True, max_length=self.max_tokens, return_tensors="pt",
-            padding=True, pad_to_multiple_of=min(multiple, self.max_tokens),
-        ).to(self.encoder.device)  # fmt: skip
-        ids, mask = batch.input_ids, batch.attention_mask
+        self.tokenizer.enable_padding(
+            pad_id=self.tokenizer.token_to_id("<pad>"),
+            pad_to_multiple_of=min(multiple, self.max_tokens),
+        )
+        batch = self.tokenizer.encode_batch(captions)
+        device = self.encoder.shared.weight.device
+        ids = torch.tensor([one.ids for one in batch], device=device)
+        mask = torch.tensor([one.attention_mask for one in batch], device=device)
+        tempo = torch.tensor([*map(self._tempo, captions, batch)], device=device)
         if (missing := self.fill - ids.shape[1]) > 0:
-            ids = F.pad(ids, (0, missing), value=self.tokenizer.eos_token_id)
+            ids = F.pad(ids, (0, missing), value=self.tokenizer.token_to_id("</s>"))
             mask = F.pad(mask, (0, missing))
-        text = self.encoder(input_ids=ids, attention_mask=mask)[0]
+        text = self.encoder(ids, mask)
         if self.fill:  # T5 sees the caption alone, the language model all that was filled in
             mask = torch.ones_like(mask)
-        tempo = torch.tensor([self._tempo(caption) for caption in captions], device=text.device)
         return text, mask.bool(), tempo
 
-    def _tempo(self, caption):
+    def _tempo(self, caption, encoding):
         """The bpm within the part of the caption that is kept."""
-        if len(caption.encode()) >= self.max_tokens and self.is_too_long(caption):
+        if encoding.overflowing:
             self.cut += 1
-            kept = self.tokenizer(caption, truncation=True, max_length=self.max_tokens).input_ids
-            caption = self.tokenizer.decode(kept, skip_special_tokens=True)
+            caption = self.tokenizer.decode(encoding.ids)
         found = self.TEMPO.search(caption)
         return float(found[1]) if found else 0.0
 

@@ -177,14 +177,15 @@ def test_captions_are_filled_with_the_end_token_which_t5_does_not_see():
     captions = [CAPTIONS[0], "jazz", ""]
     plain, filled = small_encoder(fill=0), small_encoder(fill=60)
     seen = []
-    filled.encoder.register_forward_pre_hook(lambda *a: seen.append(a[2]), with_kwargs=True)
+    filled.encoder.register_forward_pre_hook(lambda module, args: seen.append(args))
     text, mask, _ = plain(captions)
     longer, all_read, _ = filled(captions)
-    ids, S = plain.tokenizer(captions, padding=True, return_tensors="pt").input_ids, text.shape[1]
-    assert S < 24 and (seen[0]["input_ids"][:, :S] == ids).all()
-    assert (seen[0]["input_ids"][:, S:] == 1).all() and plain.tokenizer.eos_token_id == 1
-    assert (seen[0]["attention_mask"][:, :S] == mask).all()
-    assert (seen[0]["attention_mask"][:, S:] == 0).all()
+    ids = torch.tensor([one.ids for one in plain.tokenizer.encode_batch(captions)])
+    S = text.shape[1]
+    assert S < 24 and (seen[0][0][:, :S] == ids).all()
+    assert (seen[0][0][:, S:] == 1).all() and plain.tokenizer.token_to_id("</s>") == 1
+    assert (seen[0][1][:, :S] == mask).all()
+    assert (seen[0][1][:, S:] == 0).all()
     assert longer.shape == (3, 60, TEXT) and all_read.dtype == torch.bool and all_read.all()
     torch.testing.assert_close(longer[:, :S][mask], text[mask], atol=1e-5, rtol=1e-5)
 

@@ -206,3 +206,45 @@ def test_memory_does_not_grow_with_length(tmp_path):
         )
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] <= 1.05 * peaks[0]
+
+
+@pytest.mark.parametrize("codebooks", [1, 3])
+@pytest.mark.parametrize("variant", ["simba", "cross-simba"])
+@torch.no_grad()
+def test_long_music_reads_its_text_again(variant, codebooks):
+    """Against the obvious way: before every column, a whole forward pass over all that counts."""
+    from test_model import tiny
+
+    lm, encoder = tiny(variant=variant, codebooks=codebooks, clock="beat", trained_frames=16)
+    lm.beat_proj.weight.data.normal_()  # it starts at zero
+    lm, encoder = lm.double(), encoder.double()
+    prompts, seeds, frames, given = ["jazz at 120 bpm", "a waltz"], [3, 4], 45, 10
+    codes = torch.randint(0, lm.config.codebook_size, (2, codebooks, given))
+    options = dict(guidance=2.0, temperature=1.0, top_k=20)
+    blocks = sample.generate(lm, encoder, prompts, frames, seeds, codes=codes, **options, block=8)
+    found = torch.cat([*blocks], 2)
+
+    text, mask, tempo = encoder([*prompts, "", ""])
+    columns = lm.delay(codes)  # with the begin token
+    known = columns[:, :, given + 1 :]
+    columns = columns[:, :, : given + 1]
+    uniform = [torch.Generator().manual_seed(seed) for seed in seeds]
+    length = given  # frames since the last reading
+    if variant == "simba":
+        length = min(given, 8)
+    for s in range(frames + codebooks - 1):
+        if variant == "simba" and length == 16:
+            length = 8
+        past = given + s - length
+        recent = sample.undelay(columns[:, :, columns.shape[2] - length :])
+        recent = lm.delay(recent)[:, :, : length + 1].repeat(2, 1, 1)
+        h, _ = lm.read(recent, text, mask, tempo, past=past)
+        logits = sample.guided(lm.logits(h[:, -1]), 2.0)
+        if s % 8 == 0:
+            draws = torch.stack([torch.rand(8, codebooks, generator=g) for g in uniform])
+        column = sample.sample_tokens(logits, draws[:, s % 8], 1.0, 20)
+        if s < codebooks - 1:
+            column[:, s + 1 :] = known[:, s + 1 :, s]
+        columns = torch.cat([columns, column[..., None]], 2)
+        length += 1
+    assert (sample.undelay(columns)[:, :, given + 1 :][..., :frames] == found).all()
