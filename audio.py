@@ -157,21 +157,21 @@ def join(before, audio, overlap):
 
 
 @torch.no_grad()
-def overlapped(codec, pieces, to_z):
+def overlapped(codec, pieces, to_z, step=STEP):
     """Decodes pieces (B, ..., t) of codes or z, cut anywhere -> yields audio (B, samples), a window
     at a time. A window starts on the last frames of the one before and continues its audio. The
     windows depend on the total length only, so the cuts do not change the audio."""
     held = None
     before = None
-    window = STEP + codec.overlap
+    window = step + codec.overlap
     for piece in pieces:
         held = piece if held is None else torch.cat([held, piece], -1)
         while held.shape[-1] > window:
             audio = codec.decode_window(to_z(held[..., :window]), before)
             audio = join(before, audio, codec.overlap)
-            yield audio[:, : STEP * HOP]
-            held = held[..., STEP:]
-            before = audio[:, STEP * HOP :]
+            yield audio[:, : step * HOP]
+            held = held[..., step:]
+            before = audio[:, step * HOP :]
     if held is not None and held.shape[-1]:
         yield join(before, codec.decode_window(to_z(held), before), codec.overlap)
 

@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audio import HOP, SAMPLE_RATE, overlapped
+from audio import HOP, SAMPLE_RATE, STEP, overlapped
 
 
-def decode_stream(codec, code_chunks):
-    """An iterable of codes (k, t), of any sizes -> yields audio (samples,), 1.5 s at a time. The
-    same codes give the same bytes, however they are cut into chunks."""
-    for audio in overlapped(codec, (chunk[None] for chunk in code_chunks), codec.from_codes):
+def decode_stream(codec, code_chunks, step=STEP):
+    """An iterable of codes (k, t), of any sizes -> yields audio (samples,), `step` frames at a
+    time, or 1.5 s. The same codes give the same bytes, however they are cut into chunks."""
+    pieces = (chunk[None] for chunk in code_chunks)
+    for audio in overlapped(codec, pieces, codec.from_codes, step):
         yield audio[0]
 
 

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -31,10 +32,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ssd_kernel
-from audio import FORMATS, Picture, ensure_writable, read_audio, write_stream
+from audio import FORMATS, FRAME_RATE, Picture, ensure_writable, read_audio, write_stream
 from checkpoint import load_checkpoint, load_text_encoder, read_config
 from codec import decode_stream, load_codec
-from diffusion import is_refiner, load_refiner, refine
+from diffusion import is_refiner, load_refiner, paint, refine
 from model import Mamba2, mamba_step
 from options import add_arguments, check, check_value, entry, new_parser, option, read_lines
 
@@ -248,6 +249,10 @@ class System:
         self.encoder = load_text_encoder(folder).to(device)
         self.codec = load_codec(config.get("codec"))
         self.lm = prepare(lm, device)
+        if sum(p.numel() for p in lm.parameters()) < LARGE:
+            # Its operations are too small to share: threads would wait for each other. And so the
+            # bytes do not depend on the number of cores.
+            torch.set_num_threads(1)
         self.sampling = asdict(stored_sampling(folder, config))
         self.second = None if refiner is None else find_refiner(lm, self.codec, refiner)
         self.refining = {}
@@ -263,16 +268,91 @@ class System:
         parts = self.refiner, self.refiner_encoder, self.refiner_codec
         return refine(*parts, prompt, pieces, seed, **options)
 
+    def extend(self, prompt, before, sketch, seed):
+        """Refined codes so far (K, l), and codebook 1 of what follows (1, n) -> (K, n)"""
+        text = self.refiner_encoder.pooled([prompt, "", ""])
+        noise = torch.Generator().manual_seed(seed)
+        sketch = torch.cat([before[:1], sketch], 1)
+        parts = self.refiner, self.refiner_codec, text, sketch, before[1:], noise
+        with torch.inference_mode():
+            made = paint(*parts, **(dict(steps=25, guidance=2.0, sketch_guidance=2.0) | self.refining))
+        return torch.cat([sketch, made])[:, before.shape[1] :]
+
     def audio(self, prompt, seed, pieces, heard=None, **options):
         """Codes (K, l) at a time -> audio (samples,), 1.5 s at a time. heard (9, T): codes of the
         music that is continued, which is played first."""
         if self.second:
             heard = None if heard is None else heard[: self.refiner.config.codebooks]
-            pieces = self.refine(prompt, pieces, seed, heard=heard, **options)
+            pieces = ahead(self.refine(prompt, ahead(pieces), seed, heard=heard, **options))
         elif heard is not None:
             heard = heard[: self.lm.config.codebooks]
         pieces = pieces if heard is None else itertools.chain([heard], pieces)
         return decode_stream(self.codec, pieces)
+
+
+TURN = 0.5  # seconds of the old music that are kept when the words change
+
+
+def follow(system, wish, kept=None):
+    """Endless music that follows changing words -> yields audio (samples,), half a second each.
+
+    wish() -> (prompt, seed, options), asked before each unit of half a bar or so: what to play
+    next. options: of `Sampling`, as a dict. A new prompt is heard about two units later, on a beat;
+    the metronome starts there. A new seed starts new music.
+    """
+
+    def units():
+        codes = torch.empty(system.codec.codebooks, 0, dtype=torch.long)
+        K = system.lm.config.codebooks
+        playing = None
+        for number in itertools.count():
+            prompt, seed, options = wish()
+            if (prompt, seed) != playing:
+                if playing and seed != playing[1]:
+                    codes = codes[:, :0]
+                playing = prompt, seed
+                codes = codes[:, max(0, codes.shape[1] - turn) :]
+                unit = unit_of(float(system.encoder([prompt])[2])) * FRAME_RATE
+                begin = end = 0  # frames since the words changed, on beats
+                count = 0
+            count += 1
+            begin, end = end, round(count * unit)
+            blocks = generate(
+                system.lm, system.encoder, [prompt], end - begin, [seed + (number << 32)],
+                codes=codes[None, :K], before=begin, **options,
+            )  # fmt: skip
+            made = torch.cat([*blocks], 2)[0]
+            if system.second:
+                made = system.extend(prompt, codes[:, -known:], made, seed + (number << 32))
+            codes = torch.cat([codes[: len(made)], made], 1)[:, -longest:]
+            yield made
+
+    turn = round((TURN if kept is None else kept) * FRAME_RATE)
+    longest = system.lm.config.trained_frames // 2
+    known = 64
+    return decode_stream(system.codec, units(), 43)
+
+
+def unit_of(bpm):
+    """The largest half, quarter, ... of a bar of four beats that takes at most a second; half a
+    second to a second. bpm 0: unknown."""
+    seconds = 240 / bpm if bpm else 1.0
+    while seconds > 1.001:
+        seconds /= 2
+    return seconds
+
+
+def ahead(items, depth=4):
+    """Yields the items of an iterator, which runs in a thread of its own up to `depth` items ahead:
+    the language model, the refiner and the codec work at the same time."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        futures = collections.deque(pool.submit(next, items, None) for _ in range(depth))
+        while (item := futures.popleft().result()) is not None:
+            futures.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def stored_sampling(folder, config) -> Sampling:
