@@ -394,18 +394,24 @@ def paint(refiner, codec, text, coarse, fine, generator, steps, guidance, sketch
 
         v = u + sketch_guidance (s - u) + guidance (c - s)
 
-    with u predicted from neither, s from the sketch alone, c from both.
+    with u predicted from neither, s from the sketch alone, c from both. If both factors are 1, that
+    is c alone, in one pass: for a refiner that has learned a guided one's predictions.
     """
     device = refiner.out.weight.device
     finished = torch.cat([coarse[:, : fine.shape[1]], fine])[None].to(device)
     known, _ = refiner.signal(codec, finished)  # (1, C, l)
     _, sketch = refiner.signal(codec, coarse[None].to(device))  # (1, 8, L)
-    sketch = sketch.expand(3, -1, -1)
-    sketched = torch.tensor([True, True, False], device=device)
+    passes = 1 if guidance == sketch_guidance == 1 else 3
+    text = text[:passes]
+    sketch = sketch.expand(passes, -1, -1)
+    sketched = torch.tensor([True, True, False], device=device)[:passes]
 
     def predict(x, t):
-        t = torch.full((3,), t, device=device)
-        c, s, u = refiner(x.expand(3, -1, -1), t, sketch, text, sketched).split(1)
+        t = torch.full((passes,), t, device=device)
+        v = refiner(x.expand(passes, -1, -1), t, sketch, text, sketched)
+        if passes == 1:
+            return v
+        c, s, u = v.split(1)
         return u + sketch_guidance * (s - u) + guidance * (c - s)
 
     noise = torch.randn(1, len(refiner.limit), coarse.shape[1], generator=generator).to(device)

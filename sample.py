@@ -275,7 +275,9 @@ class System:
         sketch = torch.cat([before[:1], sketch], 1)
         parts = self.refiner, self.refiner_codec, text, sketch, before[1:], noise
         with torch.inference_mode():
-            made = paint(*parts, **(dict(steps=25, guidance=2.0, sketch_guidance=2.0) | self.refining))
+            made = paint(
+                *parts, **(dict(steps=25, guidance=2.0, sketch_guidance=2.0) | self.refining)
+            )
         return torch.cat([sketch, made])[:, before.shape[1] :]
 
     def audio(self, prompt, seed, pieces, heard=None, **options):

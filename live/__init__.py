@@ -1,0 +1,1 @@
+"""The live page: music that follows what you type. `python -m live`"""
