@@ -12,18 +12,18 @@ python -m toy ship out/simba/best            installs a checkpoint as the defaul
 All but `ship` need fluidsynth: apt-get install fluidsynth fluidr3mono-gm-soundfont
 """
 
-import lzma
 import os
 import sys
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 
 import checkpoint
 from audio import write_audio
@@ -31,10 +31,11 @@ from diffusion import is_refiner, load_refiner
 from options import add_arguments, check_value, entry, new_parser, option
 from sample import Sampling
 from text import TextEncoder
-from toy import corpus
+from toy import corpus, judge
 from toy.codec import ToyCodec
 from toy.corpus import HERE, SECONDS, UNPACKED
-from toy.songbook import GENRES, LEADS, MIXTURES, MOODS, TEMPI, sample_clip, sample_factors
+from toy.questions import as_asked
+from toy.songbook import GENRES, MIXTURES, sample_clip, sample_factors
 from toy.words import caption
 
 
@@ -51,9 +52,8 @@ def listen(args):
     clips = range(args.first, args.first + args.n)
     for index, audio in zip(clips, corpus.play_clips(clips, seconds=args.seconds)):
         factors = sample_clip(index)[0]
-        genres = [factors["genre"], factors["rhythm"]]
-        name = "-".join(genre for genre in genres if genre).replace(" ", "-")
-        path = Path(args.out) / f"{index:05d}-{name}.wav"
+        genres = filter(None, [factors["genre"], factors["rhythm"]])
+        path = Path(args.out, f"{index:05d}-{'-'.join(genres).replace(' ', '-')}.wav")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_audio(path, audio)
         print(f"{path}  {factors}")
@@ -87,47 +87,28 @@ def build(args):
                 f"{out} holds clips of the codec that would be replaced: remove it, or continue it"
                 " with --corpus-only"
             )
-        fit_codec(args.codec_clips, args.workers)
+        play = partial(corpus.play_clips, split_seed=1)  # clips that are in no corpus
+        played = corpus.in_processes(play, range(args.codec_clips), args.workers, "codec")
+        ToyCodec.fit([clip for _, part in played for clip in part]).save(HERE / "codec")
         train_tokenizer()
         train_text_encoder()
     corpus.write_corpus(out, args.clips, args.full, args.seconds, args.mixtures, args.workers)
     if ships:
-        # lp=1: the codes are pairs of bytes, and their high bytes resemble each other.
-        filters = [dict(id=lzma.FILTER_LZMA2, preset=9, lp=1, lc=3, pb=1)]
-        with lzma.open(corpus.PACKED, "w", filters=filters) as file:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                for path in sorted(out.iterdir()):
-                    tar.add(path, path.name)
+        with tarfile.open(corpus.PACKED, "w:xz", preset=9) as tar:
+            for path in sorted(out.iterdir()):
+                tar.add(path, path.name)
         print(f"{corpus.PACKED}: {corpus.PACKED.stat().st_size / 1e6:.1f} MB")
-
-
-def fit_codec(clips: int, workers: int):
-    """Fits the toy codec to clips that are in no corpus (split seed 1); saves it to toy/codec."""
-    with ProcessPoolExecutor(workers) as pool:
-        parts = [range(i, min(i + corpus.AT_ONCE, clips)) for i in range(0, clips, corpus.AT_ONCE)]
-        played = tqdm(pool.map(corpus.play_clips, parts, [1] * len(parts)), "codec", len(parts))
-        audio = [clip for part in played for clip in part]
-    ToyCodec.fit(audio).save(HERE / "codec")
 
 
 def train_tokenizer(captions: int = 20000, entries: int = 1000):
     """A byte-level BPE: the captions' words are single tokens, and any text can be encoded."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers.trainers import BpeTrainer
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=entries, special_tokens=["<pad>", "</s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
     rng = np.random.default_rng(2)
     texts = (caption(sample_factors(rng), rng) for _ in range(captions))
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = ByteLevelBPETokenizer(lowercase=True, add_prefix_space=True)
+    special = ["<pad>", "</s>"]
+    tokenizer.train_from_iterator(texts, entries, 0, show_progress=False, special_tokens=special)
     end = ("</s>", tokenizer.token_to_id("</s>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[end])
     tokenizer.save(str(corpus.TOKENIZER))
 
 
@@ -136,30 +117,20 @@ def train_text_encoder(steps: int = 1000, batch: int = 64, lr: float = 3e-3):
     torch.manual_seed(0)
     rng = np.random.default_rng(3)
     encoder = TextEncoder.small(corpus.TOKENIZER.read_text(encoding="utf-8")).train()
-    answers = dict(genre=[*GENRES], rhythm=[None, *GENRES], lead=[*LEADS], mood=[*MOODS])
-    answers["tempo"] = TEMPI
+    answers = {k: v for k, v in judge.FACTORS.items() if k != "key"}
+    answers["rhythm"] = [None, *GENRES]
     sizes = {name: len(values) for name, values in answers.items()}
     heads = torch.nn.ModuleDict({k: torch.nn.Linear(encoder.d_text, n) for k, n in sizes.items()})
-    parameters = [*encoder.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    bar = tqdm(range(steps), "text encoder")
-    for _ in bar:
+
+    def loss():
         factors = [sample_factors(rng) for _ in range(batch)]
         text = encoder.pooled([caption(f, rng) for f in factors])
-        loss = 0.0
-        for name, values in answers.items():
-            target = torch.tensor([values.index(f[name]) for f in factors])
-            loss = loss + F.cross_entropy(heads[name](text), target)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    weights = encoder.encoder.state_dict()
-    weights.pop("encoder.embed_tokens.weight", None)  # another name of shared.weight
-    checkpoint.write_tensors(corpus.TEXT, weights, dtype=torch.half)
+        targets = {k: torch.tensor([v.index(f[k]) for f in factors]) for k, v in answers.items()}
+        return sum(F.cross_entropy(heads[k](text), target) for k, target in targets.items())
+
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    judge.minimize(loss, parameters, steps, lr, "text encoder")
+    checkpoint.write_tensors(corpus.TEXT, encoder.encoder.state_dict(), dtype=torch.half)
 
 
 @dataclass
@@ -168,11 +139,12 @@ class JudgeOptions:
     workers: int = option(os.cpu_count() or 1, "processes", "[1, inf)")
 
 
-def judge(args):
+def train_judge(args):
     """Trains the judge again, on clips of its own."""
-    from toy.judge import build
-
-    build(args.clips, args.workers)
+    heard = judge.build(args.clips, args.workers)
+    factors = [sample_clip(corpus.VALID * i)[0] for i in range(len(heard.frames))]
+    for factor, right in as_asked(heard.logits, factors).items():
+        print(f"{factor:21} {right.mean():6.1%} of {len(right)} held-out clips")
 
 
 @dataclass
@@ -193,13 +165,13 @@ def ship(args):
     else:
         model, out = checkpoint.load_checkpoint(args.checkpoint), HERE / "lm"
         options = [item.name for item in fields(Sampling)]
-    sampling = {name: getattr(args, name) for name in options}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    # Folders and devices mean nothing on another machine.
-    known = lambda value: not isinstance(value, str) or value == "toy"
+    given = {name: getattr(args, name) for name in options}
+    given = {name: value for name, value in given.items() if value is not None}
     extra = {key: config[key] for key in ("step", "best", "codec")}
-    extra["train"] = {key: value for key, value in config["train"].items() if known(value)}
-    extra["sampling"] = (config.get("sampling") or {}) | sampling
+    # Folders and devices mean nothing on another machine.
+    train = config["train"].items()
+    extra["train"] = {k: v for k, v in train if not isinstance(v, str) or v == "toy"}
+    extra["sampling"] = (config.get("sampling") or {}) | given
     encoder = checkpoint.load_text_encoder(args.checkpoint)
     if Path(encoder.name).is_dir():
         raise ValueError(f"its text encoder is a folder that only you have, {encoder.name}")
@@ -212,10 +184,13 @@ def main():
     sys.argv[0] = "python -m toy"  # its name in messages
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(required=True)
-    for run, options in (
-        (listen, ListenOptions), (build, BuildOptions), (judge, JudgeOptions), (ship, ShipOptions),
-    ):  # fmt: skip
-        command = commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
+    for name, run, options in (
+        ("listen", listen, ListenOptions),
+        ("build", build, BuildOptions),
+        ("judge", train_judge, JudgeOptions),
+        ("ship", ship, ShipOptions),
+    ):
+        command = commands.add_parser(name, help=run.__doc__, allow_abbrev=False)
         add_arguments(command, options)
         command.set_defaults(run=run, options=options)
         if run is ship:

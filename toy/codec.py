@@ -179,8 +179,8 @@ class ToyCodec(nn.Module):
         return z.mT
 
     def decode(self, z):
-        """z (B, D, T) -> audio (B, 512 T), in the windows of `decode_stream`. The waveforms of the two
-        differ after the first window: a stream does not know the frame after it."""
+        """z (B, D, T) -> audio (B, 512 T), in windows. A stream differs after its first window,
+        because it does not know the frame that follows."""
         return torch.cat(list(sound.overlapped(self, [z], lambda z: z)), -1)
 
     @torch.no_grad()

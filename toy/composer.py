@@ -12,22 +12,9 @@ import re
 import numpy as np
 import pretty_midi
 
-from toy.songbook import GENRES, LEADS, MOODS, SCALES, TONICS, pick
+from toy.songbook import DRUMS, GENRES, LEADS, LOUDNESS, MOODS, SCALES, TONICS, pick
 
-DRUMS = dict(  # letters of the songbook -> keys of a MIDI drum kit
-    K=36, S=38, E=40, R=37, P=39,  # kick, two snares, cross-stick, clap
-    H=42, F=44, O=46, D=51, B=53, C=49,  # hi-hat closed, by foot, open; ride, its bell; crash
-    L=45, M=48, T=54, A=70, W=56, G=63, g=64,  # toms, tambourine, maracas, cowbell, congas
-    V=75, I=65, J=73, Y=81,  # claves, timbale, guiro, triangle
-)  # fmt: skip
-HITS = {"X": 112, "x": 92, "o": 58, "-": 60}  # velocities
-
-# Loudness of the sound font's programs in dB, measured at one velocity; of all others 2.
-LOUDNESS = {
-    0: 0, 2: 0, 3: -2, 4: 5, 5: 1, 9: 1, 17: 7, 19: 3, 21: 0, 25: 0, 26: 5, 27: 6, 28: 0, 29: 4,
-    30: 7, 32: -1, 33: 2, 36: -1, 38: -1, 39: 5, 44: -2, 56: 4, 57: 9, 59: 5, 61: 8, 65: 4, 66: 4,
-    80: 6, 81: 6, 82: 0, 84: 7, 87: 3, 89: -9, 91: 5, 94: 0, 95: 4, 98: -6,
-}  # fmt: skip
+HITS = {"X": 112, "x": 92, "o": 58}  # velocities
 TR808 = 25  # a drum kit 3 dB louder than the others
 
 

@@ -57,12 +57,20 @@ def text_encoder() -> TextEncoder:
 
 
 def play_clips(indices, split_seed=0, seconds=SECONDS, mixtures=MIXTURES) -> list[np.ndarray]:
-    """The audio of clips, float32 at 44.1 kHz. ValueError if fluidsynth is missing."""
+    """The audio (S,) of clips, float32, 44.1 kHz. ValueError if fluidsynth is missing."""
     from toy.band import render_many
     from toy.composer import compose
 
     clips = [sample_clip(i, split_seed, mixtures) for i in indices]
     return render_many([compose(*clip, seconds) for clip in clips], seconds)
+
+
+def in_processes(work, clips, workers, title, at_once=AT_ONCE):
+    """Yields (indices, work(indices)) for `at_once` of the clips at a time, made by processes."""
+    parts = [clips[i : i + at_once] for i in range(0, len(clips), at_once)]
+    with ProcessPoolExecutor(workers) as pool:
+        made = tqdm(pool.map(work, parts), title, len(parts), unit_scale=at_once)
+        yield from zip(parts, made)
 
 
 def play_and_encode(indices, seconds, mixtures) -> np.ndarray:
@@ -77,13 +85,11 @@ def write_corpus(out, clips, full, seconds, mixtures, workers):
     clips, one of the others. An interrupted corpus is continued."""
     writer = Writer(out, load_codec("toy"))
     todo = range(len(writer.rows()), clips)
-    parts = [todo[i : i + AT_ONCE] for i in range(0, len(todo), AT_ONCE)]
-    with ProcessPoolExecutor(workers) as pool:
-        made = pool.map(partial(play_and_encode, seconds=seconds, mixtures=mixtures), parts)
-        for part, codes in zip(parts, tqdm(made, "corpus", len(parts), unit_scale=AT_ONCE)):
-            rows = []
-            for i, clip in zip(part, codes):
-                split = "train" if i % VALID else "valid"
-                row = dict(split=split, factors=sample_clip(i, mixtures=mixtures)[0])
-                rows.append((clip if i < full else clip[:1], row))
-            writer.add(rows)
+    work = partial(play_and_encode, seconds=seconds, mixtures=mixtures)
+    for part, codes in in_processes(work, todo, workers, "corpus"):
+        rows = []
+        for i, clip in zip(part, codes):
+            split = "train" if i % VALID else "valid"
+            row = dict(split=split, factors=sample_clip(i, mixtures=mixtures)[0])
+            rows.append((clip if i < full else clip[:1], row))
+        writer.add(rows)

@@ -1,8 +1,8 @@
 r"""The toy world's judge: it listens to audio, names its factors, and says how well words fit it.
 
-It does what OpenL3 (FD), PaSST (KL) and CLAP do for real music, in one small network: an encoder of
-audio and one of captions, trained by contrast (CLAP's recipe, arXiv 2206.04769), with a head for
-each factor. It learns from clips of its own and never hears generated audio.
+It does what OpenL3 (FD), PaSST (KL) and CLAP do for real music: an encoder of audio and one of
+captions, trained by contrast (as CLAP, arXiv 2206.04769), with a head for each factor. It learns
+from clips of its own and never hears generated audio.
 
     audio --hear--> Sound --Ear--> frames (W, D) --mean--> embedding \
                                 \-> genre, rhythm, lead, tempo, key, mood     > cosine
@@ -12,16 +12,13 @@ B clips · S samples · T spectral frames · P pitch frames · W judged frames �
 axis · D size of an embedding
 """
 
-import operator
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm, trange
+from tqdm import trange
 
 from audio import FRAME_RATE, SAMPLE_RATE, band_power, filterbank
 from checkpoint import load_weights, read_tensors, write_tensors
@@ -31,8 +28,8 @@ from toy import corpus
 from toy.songbook import GENRES, LEADS, MOODS, RMS, TEMPI, TONICS, sample_clip
 from toy.words import caption
 
-FILE = Path(__file__).parent / "judge.safetensors"
-REAL = Path(__file__).parent / "heard.safetensors"
+FILE = corpus.HERE / "judge.safetensors"
+REAL = corpus.HERE / "heard.safetensors"
 SECONDS = 10.0  # of audio that is judged at once
 D = 64
 
@@ -59,10 +56,11 @@ class Sound(NamedTuple):
 
 def constant_q():
     """-> (180, 4097) triangles, to either side a quarter-tone wide or at least one FFT bin."""
-    centres = 440 * 2 ** ((LOWEST - 69) / 12 + np.arange(QUARTERS) / 24)
-    bins = np.arange(WINDOW // 2 + 1) * SAMPLE_RATE / WINDOW
-    reach = np.maximum(centres * (2 ** (1 / 24) - 1), SAMPLE_RATE / WINDOW)[:, None]
-    triangles = np.clip(1 - np.abs(bins - centres[:, None]) / reach, 0, None)
+    centres = 440 * 2 ** ((LOWEST - 69) / 12 + np.arange(QUARTERS)[:, None] / 24)  # (180, 1), Hz
+    bin_width = SAMPLE_RATE / WINDOW
+    reach = np.maximum(centres * (2 ** (1 / 24) - 1), bin_width)
+    triangles = 1 - np.abs(np.arange(WINDOW // 2 + 1) * bin_width - centres) / reach
+    triangles = np.clip(triangles, 0, None)
     return torch.from_numpy(triangles / triangles.sum(1, keepdims=True)).float()
 
 
@@ -234,49 +232,22 @@ def heard_in_real_clips() -> Heard:
     return Heard([*tensors["frames"]], {k: tensors[k] for k in FACTORS})
 
 
-def same_tempo(asked, heard, tolerance=0.04):
-    return abs(heard - asked) <= tolerance * asked
-
-
-def in_time(asked, heard):
-    """The same tempo, twice or half of it: listeners differ in what they take for the beat."""
-    return any(same_tempo(m * asked, heard) for m in (0.5, 1, 2))
-
-
-def right(logits, factors) -> dict:
-    """Whether the heads name the right factors, the tempo to within 4%: {factor: (N,) of bool}"""
-    verdicts = {}
-    for factor in ("genre", "lead", "tempo", "key", "mood"):
-        asked = [f[factor] for f in factors]
-        named = [FACTORS[factor][i] for i in logits[factor].argmax(1)]
-        same = same_tempo if factor == "tempo" else operator.eq
-        verdicts[factor] = np.array([*map(same, asked, named)])
-    return verdicts
-
-
 # -------------------------------------------------------------------------------- training ----
 
 
-def build(clips, workers):
-    """Trains the judge and writes toy/judge.safetensors; listens to the corpus's held-out clips and
+def build(clips, workers) -> Heard:
+    """Trains the judge and writes toy/judge.safetensors. Listens to the corpus's held-out clips and
     writes toy/heard.safetensors."""
-    parts = [range(i, min(i + 64, clips)) for i in range(0, clips, 64)]
-    with ProcessPoolExecutor(workers) as pool:
-        sounds = [*tqdm(pool.map(play_and_hear, parts), "clips", len(parts), unit_scale=64)]
-    sounds = Sound(*(torch.cat(x) for x in zip(*sounds)))
+    made = corpus.in_processes(play_and_hear, range(clips), workers, "clips", at_once=64)
+    sounds = Sound(*(torch.cat(part) for part in zip(*(sound for _, sound in made))))
     judge = train(sounds, [sample_clip(i, split_seed=2)[0] for i in range(clips)])
-    tensors = judge.state_dict()
-    tensors.pop("reader.encoder.encoder.embed_tokens.weight", None)  # shared.weight's other name
-    write_tensors(FILE, tensors, dtype=torch.half)
+    write_tensors(FILE, judge.state_dict(), dtype=torch.half)
 
     held_out = range(0, 6144, corpus.VALID)  # as many clips as the corpus that ships has
-    parts = [held_out[i : i + 64] for i in range(0, len(held_out), 64)]
-    played = (torch.from_numpy(clip) for part in parts for clip in corpus.play_clips(part))
-    heard = judge.listen(tqdm(played, "held-out clips", len(held_out)))
+    made = corpus.in_processes(corpus.play_clips, held_out, workers, "held-out clips", at_once=64)
+    heard = judge.listen(torch.from_numpy(clip) for _, played in made for clip in played)
     write_tensors(REAL, {"frames": torch.stack(heard.frames)} | heard.logits, dtype=torch.half)
-    verdicts = right(heard.logits, [sample_clip(i)[0] for i in held_out])
-    for factor, values in verdicts.items():
-        print(f"{factor:8} {values.mean():6.1%} of {len(values)} held-out clips")
+    return heard
 
 
 def play_and_hear(indices) -> Sound:
@@ -305,31 +276,37 @@ def train(sounds, factors, steps=1500, batch=64, lr=2e-3, seed=0):
     texts = torch.cat([judge.reader.pooled(captions[i : i + 64]) for i in parts])  # (3 N, d_text)
     factors = [f | {"rhythm": f["rhythm"] or f["genre"]} for f in factors]
     targets = {k: torch.tensor([v.index(f[k]) for f in factors]) for k, v in FACTORS.items()}
-    learned = [p for p in judge.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    judge.ear.train()
-    bar = trange(steps, desc="judge", disable=None)
-    for _ in bar:
+
+    def loss():
         picks = torch.from_numpy(rng.choice(len(factors), batch, replace=False))
-        frames, logits = judge.ear(recoloured(Sound(*(x[picks].float() for x in sounds))))
+        sound = Sound(*(x[picks].float() for x in sounds))
+        # Another equaliser and a little noise, so that no head relies on one band.
+        colour = 0.2 * torch.randn(batch, 1, sound.frames.shape[2])
+        frames = sound.frames + colour + 0.1 * torch.randn_like(sound.frames)
+        frames, logits = judge.ear(sound._replace(frames=frames))
         heard = F.normalize(frames.mean(1), dim=1)
         read = F.normalize(judge.say(texts[picks + len(factors) * int(rng.integers(3))]), dim=1)
         similar = judge.scale.exp() * heard @ read.T  # (B, B)
         own = torch.arange(batch)
-        loss = (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
-        for factor, target in targets.items():
-            loss = loss + F.cross_entropy(logits[factor], target[picks])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(learned, 5.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+        total = (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
+        return total + sum(F.cross_entropy(logits[k], v[picks]) for k, v in targets.items())
+
+    judge.ear.train()
+    learned = [p for p in judge.parameters() if p.requires_grad]
+    minimize(loss, learned, steps, lr, "judge", weight_decay=0.05, max_norm=5.0)
     return judge.eval().requires_grad_(False)
 
 
-def recoloured(sound):
-    """The sound through another equaliser, with a little noise: no head may rely on one band."""
-    colour = 0.2 * torch.randn(len(sound.frames), 1, sound.frames.shape[2])
-    return sound._replace(frames=sound.frames + colour + 0.1 * torch.randn_like(sound.frames))
+def minimize(loss, parameters, steps, lr, title, weight_decay=0.01, max_norm=1.0):
+    """AdamW on a one-cycle schedule. loss() draws a batch and returns its loss."""
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    bar = trange(steps, desc=title, disable=None)
+    for _ in bar:
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{value.item():.2f}", refresh=False)

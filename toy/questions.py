@@ -1,5 +1,6 @@
 """What evaluate.py asks in the toy world: prompts from held-out clips, and whether each is met."""
 
+import operator
 import re
 
 import numpy as np
@@ -8,9 +9,8 @@ import torch
 from data import Clips
 from text import TextEncoder
 from toy import corpus, songbook, words
-from toy.judge import FACTORS, heard_in_real_clips, in_time, right
+from toy.judge import FACTORS, heard_in_real_clips
 
-CAPTIONS = ("words", "sentence", "paragraph")
 TEMPLATES = {"bpm": "{genre} at {tempo} bpm", "genre": "{genre}"}
 KINDS = ("sentence", "words", "paragraph", *TEMPLATES)
 SAMPLES = 4  # of one prompt, for diversity
@@ -28,7 +28,8 @@ def ask(codec, count, kinds=KINDS[:3]) -> dict:
         if kind in TEMPLATES:
             prompts[kind] = [TEMPLATES[kind].format(**f) for f in factors[:count]]
         else:
-            draws = [np.random.default_rng([CAPTIONS.index(kind), i]) for i in range(count)]
+            seed = ("words", "sentence", "paragraph").index(kind)
+            draws = [np.random.default_rng([seed, i]) for i in range(count)]
             prompts[kind] = [words.caption(f, rng, kind) for f, rng in zip(factors, draws)]
     alike = {}  # held-out clips that one prompt of mood and genre describes
     for i, f in enumerate(factors):
@@ -49,21 +50,35 @@ def ask(codec, count, kinds=KINDS[:3]) -> dict:
     )
 
 
+def same_tempo(asked, heard):
+    """To within 4%."""
+    return abs(heard - asked) <= 0.04 * asked
+
+
+def in_time(asked, heard):
+    """The same tempo, twice or half of it: listeners differ in what they take for the beat."""
+    return any(same_tempo(m * asked, heard) for m in (0.5, 1, 2))
+
+
 def as_asked(logits, factors, captions=None) -> dict:
     """Does the judge hear what was asked for? -> {factor: bools of the clips for which it counts}.
 
     logits {factor: (N, choices)}, factors and captions of N clips. A factor counts where the
-    caption names it; without captions, everywhere.
+    caption names it; without captions, everywhere. Of a mixture the judge hears the genre that
+    lends the rhythm, so "genre" counts only where there is none.
     """
-    said = [FACTORS["tempo"][i] for i in logits["tempo"].argmax(1)]
-    octaves = [in_time(f["tempo"], tempo) for f, tempo in zip(factors, said)]
-    verdicts = right(logits, factors) | {"tempo, half or double": np.array(octaves)}
-    everywhere = np.ones(len(factors), bool)
     named = mentioned(captions, factors) if captions else {}
-    counts = {factor: named.get(factor.split(",")[0], everywhere) for factor in verdicts}
-    # Of a mixture the judge hears the genre that lends the rhythm.
-    counts["genre"] = counts["genre"] & [f["rhythm"] is None for f in factors]
-    return {factor: values[counts[factor]] for factor, values in verdicts.items()}
+    verdicts = {}
+    for row in ("genre", "lead", "tempo", "key", "mood", "tempo, half or double"):
+        factor = row.split(",")[0]
+        same = {"tempo": same_tempo, "tempo, half or double": in_time}.get(row, operator.eq)
+        heard = [FACTORS[factor][i] for i in logits[factor].argmax(1)]
+        right = np.array([same(f[factor], value) for f, value in zip(factors, heard)])
+        counts = named.get(factor, np.ones(len(factors), bool))
+        if factor == "genre":
+            counts = counts & [f["rhythm"] is None for f in factors]
+        verdicts[row] = right[counts]
+    return verdicts
 
 
 def mentioned(captions, factors):
