@@ -34,7 +34,7 @@ class Stream(threading.Thread):
 
     wish: (prompt, seed, options of `Sampling`), which may be replaced at any time. send(message) is
     called with audio (bytes, 16-bit mono PCM) and with news (dicts). What was sent is kept in a
-    temporary file until `stop`.
+    temporary file. `stopped` ends it all.
     """
 
     def __init__(self, system, wish, send):
@@ -153,6 +153,8 @@ class Live:
         finally:
             del self.streams[key]
             stream.stopped.set()
+            if stream.ident:
+                await asyncio.to_thread(stream.join)
             sender.cancel()
         return socket
 

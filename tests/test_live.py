@@ -1,0 +1,194 @@
+"""The live page, in a real browser where there is one, and the server's manners without it."""
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from aiohttp import WSMsgType, WSServerHandshakeError
+from aiohttp.test_utils import TestClient, TestServer
+
+import sample
+from live.__main__ import Live, understood
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def system():
+    return sample.System(sample.SHIPPED)
+
+
+def with_server(system, use, listeners=2):
+    async def run():
+        live = Live(system, listeners)
+        async with TestClient(TestServer(live.app())) as client:
+            await use(live, client)
+
+    asyncio.run(run())
+
+
+async def heard(socket, seconds):
+    """Audio (S,) of so many seconds, and the news that came with it."""
+    pcm, news = b"", []
+    while len(pcm) < 2 * 44100 * seconds:
+        message = await socket.receive(timeout=60)
+        if message.type == WSMsgType.BINARY:
+            pcm += message.data
+        else:
+            news.append(json.loads(message.data))
+    return np.frombuffer(pcm, np.int16) / 32768, news
+
+
+def test_words_turn_the_music_and_what_was_played_can_be_saved(system):
+    async def use(live, client):
+        socket = await client.ws_connect("/listen")
+        key = (await socket.receive_json())["key"]
+        await socket.send_json({"prompt": "jazz", "seed": 3})
+        audio, news = await heard(socket, 1)
+        assert np.sqrt(np.mean(audio**2)) > 0.01 and {"turning": "jazz"} in news
+        await socket.send_json({"prompt": "techno", "temperature": 0.9})
+        audio, news = await heard(socket, 2)
+        assert {"turning": "techno"} in news
+        answer = await client.get(f"/wav/{key}?last=1")
+        Path("last.wav").write_bytes(await answer.read())
+        assert len(soundfile.read("last.wav")[0]) == 44100
+        await socket.close()
+        for _ in range(100):
+            if not live.streams and threading.active_count() < 20:
+                break
+            await asyncio.sleep(0.1)
+        assert not live.streams
+        assert (await client.get(f"/wav/{key}")).status == 404
+
+    with_server(system, use)
+
+
+def test_nonsense_is_refused_and_the_music_goes_on(system):
+    async def use(live, client):
+        socket = await client.ws_connect("/listen")
+        await socket.receive_json()
+        await socket.send_json({"prompt": "waltz"})
+        await heard(socket, 0.5)
+        nonsense = ["{", "[]", "3", '{"prompt": ""}', '{"prompt": 3e999, "seed": 1e999}']
+        nonsense += [json.dumps({"prompt": "x" * 10_000}), '{"prompt": "a", "temperature": 0}']
+        nonsense += ['{"prompt": "a", "seed": -1}', '{"prompt": "a", "guidance": "NaN"}']
+        for text in nonsense:
+            await socket.send_str(text)
+        refused = []
+        while len(refused) < len(nonsense):
+            refused += [n for n in (await heard(socket, 0.1))[1] if "refused" in n]
+        assert all(n["refused"] for n in refused)
+        await heard(socket, 0.5)
+
+    with_server(system, use)
+
+
+def test_every_listener_has_a_stream_and_one_too_many_gets_a_sentence(system):
+    async def use(live, client):
+        one, two = [await client.ws_connect("/listen") for _ in range(2)]
+        keys = {(await socket.receive_json())["key"] for socket in (one, two)}
+        assert len(keys) == 2
+        three = await client.ws_connect("/listen")
+        assert "2 listener(s)" in (await three.receive_json())["error"]
+        assert (await three.receive()).type == WSMsgType.CLOSE
+        for socket, prompt in ((one, "house"), (two, "folk")):
+            await socket.send_json({"prompt": prompt})
+        for socket in (one, two):
+            await heard(socket, 0.5)
+        one._response.connection.transport.abort()  # it vanishes without a word
+        for _ in range(100):
+            if len(live.streams) == 1:
+                break
+            await asyncio.sleep(0.1)
+        again = await client.ws_connect("/listen")
+        assert "key" in await again.receive_json()
+        await heard(two, 0.5)
+
+    with_server(system, use)
+
+
+def test_other_sites_are_refused(system):
+    async def use(live, client):
+        foreign = {"Origin": "http://example.com"}
+        assert (await client.get("/", headers=foreign)).status == 403
+        with pytest.raises(WSServerHandshakeError, match="403"):
+            await client.ws_connect("/listen", headers=foreign)
+        assert (await client.get("/", headers={"Host": "example.com"})).status == 403
+        own = {"Origin": f"http://127.0.0.1:{client.port}"}
+        assert (await client.get("/about", headers=own)).status == 200
+
+    with_server(system, use)
+
+
+def test_a_wish(system):
+    prompt, seed, options = understood('{"prompt": "  sad \\ud800 blues\\n", "seed": 7}', system)
+    assert (prompt, seed, options) == ("sad blues", 7, system.sampling)
+
+
+@pytest.fixture
+def page():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not shutil.which("chromium"):
+        pytest.skip("needs chromium")
+    command = [sys.executable, "-m", "live", "--no-browser", "--port", "8765"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    server.stdout.readline()
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"),
+            args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"],
+        )
+        page = browser.new_page(viewport=dict(width=390, height=800))
+        page.requests = []
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.on("pageerror", lambda error: page.requests.append(f"error: {error}"))
+        page.goto("http://127.0.0.1:8765")
+        yield page
+        browser.close()
+    server.terminate()
+    server.wait()
+
+
+def test_sound_arrives_in_a_browser(page):
+    """By keyboard alone; loudness is measured behind the AudioWorklet."""
+    page.focus("#prompt")
+    page.keyboard.press("Enter")
+    loud = """() => {
+        if (!analyser || !window.state || state.played < 0.5) return false;
+        const wave = new Float32Array(2048);
+        analyser.getFloatTimeDomainData(wave);
+        return Math.hypot(...wave) / Math.sqrt(2048) > 0.01;
+    }"""
+    page.wait_for_function(loud, timeout=60_000)
+    page.fill("#prompt", "fast techno")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#now').textContent.includes('fast techno')")
+    page.click("text=happy")
+    page.wait_for_function("document.querySelector('#now').textContent.includes('happy')")
+    assert page.input_value("#prompt") == "fast techno, happy"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.reload()
+    page.click("#play")
+    page.wait_for_function(loud, timeout=60_000)
+    page.click("#stop")
+    allowed = ("http://127.0.0.1:8765/", "ws://127.0.0.1:8765/", "blob:", "data:")
+    assert all(url.startswith(allowed) for url in page.requests), page.requests
+
+
+def test_a_port_in_use_is_one_sentence(system):
+    async def use(live, client):
+        command = [sys.executable, "-m", "live", "--no-browser", "--port", str(client.port)]
+        done = await asyncio.to_thread(
+            subprocess.run, command, cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert str(client.port) in done.stderr
+
+    with_server(system, use)
