@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ async def heard(socket, seconds):
     return np.frombuffer(pcm, np.int16) / 32768, news
 
 
-def test_words_turn_the_music_and_what_was_played_can_be_saved(system):
+def test_words_turn_the_music_and_what_was_played_can_be_saved(system, tmp_path):
     async def use(live, client):
         socket = await client.ws_connect("/listen")
         key = (await socket.receive_json())["key"]
@@ -57,14 +56,12 @@ def test_words_turn_the_music_and_what_was_played_can_be_saved(system):
         audio, news = await heard(socket, 2)
         assert {"turning": "techno"} in news
         answer = await client.get(f"/wav/{key}?last=1")
-        Path("last.wav").write_bytes(await answer.read())
-        assert len(soundfile.read("last.wav")[0]) == 44100
+        (tmp_path / "last.wav").write_bytes(await answer.read())
+        assert len(soundfile.read(tmp_path / "last.wav")[0]) == 44100
+        stream = live.streams[key]
         await socket.close()
-        for _ in range(100):
-            if not live.streams and threading.active_count() < 20:
-                break
-            await asyncio.sleep(0.1)
-        assert not live.streams
+        stream.join(timeout=30)
+        assert not stream.is_alive() and stream.file.closed
         assert (await client.get(f"/wav/{key}")).status == 404
 
     with_server(system, use)
