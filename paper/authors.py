@@ -5,10 +5,8 @@
 Their file is a Lightning checkpoint of Prefix SiMBA (SSMTTM, Fig. 1 (b)): a pickled dict whose
 "state_dict" holds the language model as `music_model.*`, with a copy of Flan-T5 (`text_encoder.*`)
 and the optimizer's memory beside it. The architecture is that of `model.MusicLM`, tensor by tensor,
-so all it takes is new names; the shape of the model is that of its tensors.
-
-One thing is theirs alone. Captions are filled up to 60 tokens with </s>, and the language model
-reads the filling as if it were text: `TextEncoder.fill`.
+so only names change; the sizes of the model are read from its tensors. Captions are filled up to 60
+tokens with </s>, and the language model reads the filling as if it were text: `TextEncoder.fill`.
 
 A pickle may run any code when it is opened. Here nothing but tensors and plain values is unpickled
 (torch's `weights_only`), and nothing but the tensors in use is read from the disk (`mmap`).
@@ -24,10 +22,19 @@ from torch import Tensor
 REMEDY = "take simba.ckpt from the drive that https://github.com/Lonian6/SSM-TTM links to"
 FILL = 60  # tokens that their captions have at least
 FRAMES = 2584  # of their 30 s clips
-MAMBA = (
-    "in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight",
-    "out_proj.weight",
-)  # fmt: skip
+RENAMED = {  # part of their name: part of ours, in this order
+    "music_model": "lm",
+    "condition_linear": "text_proj",
+    "condition_norm": "text_norm",
+    ".embedding.": ".embeddings.",
+    "lm_head": "heads",
+    "backbone": "blocks",
+    "mamba.mamba": "layers.0",
+    "mamba.norm": "norms.0",
+    "ff.norm": "norms.1",
+    "ff.feed_forward.0": "layers.1.up",
+    "ff.feed_forward.3": "layers.1.down",
+}
 
 
 def read_authors(file):
@@ -35,15 +42,11 @@ def read_authors(file):
 
     ValueError, one sentence, if the file is cut short, would run code, or holds another model.
     """
-    theirs = _state_dict(file)
-    count = lambda part: len({k.split(".")[2] for k in theirs if k.startswith(part)})
-    blocks, codebooks = count("music_model.backbone."), count("music_model.embedding.")
-    names = _names(max(1, blocks), max(1, codebooks))
-    if different := set(names.values()) ^ set(theirs):
-        name = min(different)
-        raise _refused(file, f"{'an unknown' if name in theirs else 'no'} tensor {name}")
-    tensors = {f"lm.{ours}": theirs[name] for ours, name in names.items()}
-
+    tensors = _state_dict(file)
+    for theirs, ours in RENAMED.items():
+        tensors = {name.replace(theirs, ours): v for name, v in tensors.items()}
+    count = lambda part: len({k.split(".")[2] for k in tensors if k.startswith(part)})
+    codebooks, blocks = count("lm.embeddings."), count("lm.blocks.")
     mamba = "lm.blocks.0.layers.0."
     try:
         V, D = tensors["lm.embeddings.0.weight"].shape
@@ -56,6 +59,8 @@ def read_authors(file):
             headdim=inner // heads, expand=inner // D, d_conv=taps, ff_mult=hidden // D,
             d_text=d_text, codebook_size=V - 1, trained_frames=FRAMES + FILL,
         )  # fmt: skip
+    except KeyError as error:
+        raise _refused(file, f"no tensor {error}") from None
     except (ValueError, ZeroDivisionError):
         sizes = {}
     if min(sizes.values(), default=0) < 1:
@@ -66,27 +71,6 @@ def read_authors(file):
         "codec": "dac",
     }
     return config, tensors
-
-
-def _names(blocks, codebooks):
-    """{our name, less "lm.": theirs} for every tensor of the model."""
-    names = {}
-    for kind in ("weight", "bias"):
-        names[f"text_proj.{kind}"] = f"condition_linear.{kind}"
-        names[f"text_norm.{kind}"] = f"condition_norm.{kind}"
-    for k in range(codebooks):
-        names[f"embeddings.{k}.weight"] = f"embedding.{k}.weight"
-        names[f"heads.{k}.weight"] = f"lm_head.{k}.weight"
-    for i in range(blocks):
-        ours, block = f"blocks.{i}", f"backbone.{i}"
-        names[f"{ours}.norms.0.weight"] = f"{block}.mamba.norm.weight"
-        names[f"{ours}.norms.1.weight"] = f"{block}.ff.norm.weight"
-        for name in MAMBA:
-            names[f"{ours}.layers.0.{name}"] = f"{block}.mamba.mamba.{name}"
-        for kind in ("weight", "bias"):
-            names[f"{ours}.layers.1.up.{kind}"] = f"{block}.ff.feed_forward.0.{kind}"
-            names[f"{ours}.layers.1.down.{kind}"] = f"{block}.ff.feed_forward.3.{kind}"
-    return {ours: f"music_model.{theirs}" for ours, theirs in names.items()}
 
 
 def _state_dict(file):

@@ -10,8 +10,9 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Processes:
@@ -36,24 +37,21 @@ class Processes:
     def wrap(self, objective, fsdp):
         """The objective, made to average its gradients over the ranks."""
         if not fsdp:
-            return nn.parallel.DistributedDataParallel(objective)
-        from torch.distributed.fsdp import fully_shard
-
+            return DistributedDataParallel(objective)
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.ranks,))
-        for block in objective.model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(objective.model, mesh=mesh)
+        for module in (*objective.model.blocks, objective.model):
+            fully_shard(module, mesh=mesh)
         return objective
 
     def averaging(self, objective, last):
         """Gradients are averaged in the last backward pass of a step only."""
-        if isinstance(objective, nn.parallel.DistributedDataParallel):
+        if isinstance(objective, DistributedDataParallel):
             return nullcontext() if last else objective.no_sync()
         objective.model.set_requires_gradient_sync(last)
         return nullcontext()
 
     def agree(self, loss, stop):
-        """-> the sum of the ranks' losses over their number, and whether any was asked to stop"""
+        """-> the mean of the ranks' losses, and whether any rank was asked to stop"""
         both = torch.tensor([loss / self.ranks, float(stop)], device=self.device)
         dist.all_reduce(both)
         return both[0].item(), both[1].item() > 0
