@@ -123,9 +123,8 @@ def report(config, train, device) -> str:
     return (
         f"{describe_cost(config, train, text_parameters)}\n"
         f"memory on a GPU: {sum(parts.values()) / 1e9:.1f} GB ("
-        f"{', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())}); --recompute "
-        "BLOCKS trades time for memory, a smaller --batch with more --accumulate needs less, --fsdp "
-        "shares weights among cards\n"
+        f"{', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())}); to need less: "
+        "--recompute BLOCKS, a smaller --batch with more --accumulate, --fsdp on several cards\n"
         f"about {here} on one such {device.type}, at {UTILISATION:.0%} of the {rate / 1e12:.2f} "
         f"TFLOP/s of its matrix products; {there} on an RTX 3090 ({RTX_3090 / 1e12:.0f} TFLOP/s)"
     )

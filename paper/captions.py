@@ -1,13 +1,5 @@
-"""Captions, and music without vocals: the parts of the data pipeline that use others' models. Each
-is loaded when first used; the error about a missing one says how to install it.
-
-    read_table           captions from a table: your own, or published ones
-    sentence_from_tags   MTG-Jamendo's genre, instrument and mood tags -> a caption, without a model
-    mentions_vocals      whether a caption mentions a voice
-    LPMusicCaps          ten seconds of audio -> a sentence (Doh et al., arXiv 2307.16372)
-    Rephraser            the sentences of a clip -> one caption, by any chat model
-    Describer            both: audio of any length -> a caption
-    Separator            music -> music without vocals (HTDemucs, arXiv 2211.08553)
+"""Captions, and music without vocals: the parts of the data pipeline that use published models and
+captions. A model is loaded when first used. If it is missing, the error says how to install it.
 """
 
 import csv
@@ -19,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from options import read_lines
 
 # ------------------------------------------------------------------------------------- words ----
 
@@ -32,22 +26,13 @@ VOCALS = re.compile(
 
 
 def mentions_vocals(caption):
-    """Whether a caption has a word for a voice. "No vocals" counts too: a model that reads of
-    vocals only where there are none learns nothing good from it."""
+    """Whether a caption has a word for a voice. "No vocals" counts too: a model should not meet the
+    word only where there are none."""
     return VOCALS.search(caption) is not None
 
 
-WRITTEN_TOGETHER = {  # MTG-Jamendo's tags have no spaces
-    words.replace(" ", ""): words
-    for words in """acoustic bass guitar,acoustic guitar,alternative rock,blues rock,bossa nova
-classical guitar,classic rock,clean guitar,club dance,deep house,double bass,down tempo,drum machine
-drum n bass,easy listening,electric guitar,electric piano,electro pop,ethnic rock,euro dance
-hard rock,hard techno,heavy metal,hip hop,indie pop,indie rock,instrumental pop,instrumental rock
-jazz funk,jazz fusion,latin jazz,minimal techno,new age,new wave,nu jazz,nu metal,pipe organ
-pop folk,pop rock,post punk,post rock,progressive rock,psychedelic rock,punk rock,rock and roll
-singer songwriter,slow motion,soft rock,sound scape,synth pop,synth rock,trip hop
-world fusion""".replace("\n", ",").split(",")
-}
+WORDS = read_lines(Path(__file__).with_name("tag_words.txt"))
+SPACED = {words.replace(" ", ""): words for words in WORDS}  # MTG-Jamendo's tags have no spaces
 
 
 def sentence_from_tags(tags, vocals=False):
@@ -56,7 +41,7 @@ def sentence_from_tags(tags, vocals=False):
     kinds = {"genre": [], "instrument": [], "mood/theme": []}
     for tag in tags:
         category, _, word = tag.partition("---")
-        word = WRITTEN_TOGETHER.get(word, word)
+        word = SPACED.get(word, word)
         if category in kinds and word and (vocals or not mentions_vocals(word)):
             kinds[category].append(word)
     genres, instruments, moods = kinds.values()
@@ -84,21 +69,18 @@ def read_table(name):
     path = Path(name)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w-]+", name):
         path = download(name, "data/train-00000-of-00001.parquet", "dataset")
-    try:
+    with explained(f"{name} could not be read as a table of captions"):
         rows = _rows(path)
         columns = list(rows[0]) if rows else []
-        key = next(column for column in PATHS if column in columns)
-        caption = next(column for column in CAPTIONS if column in columns)
-    except StopIteration:
-        wanted = "`path` and `caption`"
-        raise ValueError(f"{name} has the columns {columns[:20]}: it needs {wanted}") from None
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        reason = str(error)[:200]
-        raise ValueError(f"{name} could not be read as a table of captions ({reason})") from None
+    key = next((column for column in PATHS if column in columns), None)
+    caption = next((column for column in CAPTIONS if column in columns), None)
+    if not key or not caption:
+        raise ValueError(f"{name} has the columns {columns[:20]}: it needs `path` and `caption`")
     table = {}
     for row in rows:
         text = row.get(caption)
-        text = str((text[:1] or [""])[0] if isinstance(text, list) else text or "").strip()
+        text = next(iter(text), "") if isinstance(text, list) else text
+        text = str(text or "").strip()
         if text and row.get(key) is not None:
             table.setdefault(str(row[key]), text)
     return table
@@ -106,10 +88,8 @@ def read_table(name):
 
 def _rows(path):
     if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise ValueError("reading .parquet needs pyarrow: `pip install pyarrow`") from None
+        from pyarrow import parquet  # `pip install pyarrow`
+
         return parquet.read_table(path).to_pylist()
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix in (".jsonl", ".json"):
@@ -119,8 +99,7 @@ def _rows(path):
 
 @contextmanager
 def explained(advice):
-    """Turns any error into a ValueError with advice: libraries raise many kinds of errors when
-    something is not installed, cannot be downloaded or is not what they expect."""
+    """Turns any error into a ValueError with advice: libraries raise errors of many kinds."""
     try:
         yield
     except Exception as error:
@@ -161,27 +140,25 @@ class LPMusicCaps(nn.Module):
             self.tokenizer = AutoTokenizer.from_pretrained(bart)
         self.bart = BartForConditionalGeneration(config)
         width = config.d_model
-        self.audio_encoder = nn.Module()
-        self.audio_encoder.conv1 = nn.Conv1d(self.mels, width, 3, padding=1)
         halving = [nn.Conv1d(width, width, 3, stride=2, padding=1) for _ in range(5)]
-        self.audio_encoder.conv_stack = nn.ModuleList(halving)
+        first = nn.Conv1d(self.mels, width, 3, padding=1)
+        self.audio_encoder = nn.ModuleDict(dict(conv1=first, conv_stack=nn.ModuleList(halving)))
         self.audio_encoder.register_buffer("positional_embedding", torch.zeros(32, width))
         self._load(folder / "transfer.pth" if folder.is_dir() else download(name, "transfer.pth"))
         triangles = mel_filter_bank(513, self.mels, 0, self.rate / 2, self.rate, mel_scale="htk")
         filters = torch.from_numpy(triangles.T).float()  # (128, 513)
         self.register_buffer("filters", filters, persistent=False)
-        self.eval().requires_grad_(False)
+        self.eval()
 
     def _load(self, file):
         expected = "expected transfer.pth of huggingface.co/seungheondoh/lp-music-caps"
         with explained(f"{file} is no captioner: {expected}"):
             weights = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+            different = sum(self.load_state_dict(weights, strict=False), [])
             # The mel filters are computed here. Copies of BART's word embeddings have one name.
-            weights = {k: v for k, v in weights.items() if ".mel_encoder." not in k}
-            missing, unknown = self.load_state_dict(weights, strict=False)
-            missing = [k for k in missing if "embed_tokens" not in k and "lm_head" not in k]
-            if missing or unknown:
-                raise ValueError(f"it lacks or adds {(missing + unknown)[:3]}")
+            ignored = re.compile("mel_encoder|embed_tokens|lm_head")
+            if different := [name for name in different if not ignored.search(name)]:
+                raise ValueError(f"it lacks or adds {different[:3]}")
 
     @torch.inference_mode()
     def forward(self, audio):
@@ -206,8 +183,8 @@ class LPMusicCaps(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def log_mel(self, audio):
-        """(n, S) -> (n, 128, frames) dB. Only the real part of the spectrum is squared: an
-        oversight of the published front end, with which its weights were trained."""
+        """(n, S) -> (n, 128, frames) in dB. Only the real part of the spectrum is squared, as in
+        the code that trained the weights."""
         window = torch.hann_window(1024, device=audio.device)
         spectrum = torch.stft(audio, 1024, 160, window=window, return_complex=True)
         return 10 * (self.filters @ spectrum.real.square()).clamp(min=1e-10).log10()
@@ -247,11 +224,9 @@ class Rephraser:
 
 
 def tidy(answer):
-    """A chat model's answer without the courtesies around it."""
-    lines = [line.strip() for line in answer.splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):  # "Here is the description:"
-        lines = lines[1:]
-    return " ".join(lines).strip("\"'“” ")
+    """A chat model's answer without quotation marks and an opening such as "Here it is:"."""
+    answer = re.sub(r"^[^\n]*:\s*\n", "", answer.strip())
+    return " ".join(answer.split()).strip("\"'“” ")
 
 
 def join(captions):
@@ -260,18 +235,19 @@ def join(captions):
 
 
 class Describer:
-    """audio (1, S) -> its caption, and who made it."""
+    """audio (1, S) -> its caption, and the names of the models that made it."""
 
     def __init__(self, captioner, rephraser="none"):
-        self.names = captioner, f"{captioner}, {rephraser}"
+        self.captioner = captioner
+        self.rephraser = rephraser
         self.listen = LPMusicCaps(captioner).to("cuda" if torch.cuda.is_available() else "cpu")
         self.rephrase = None if rephraser == "none" else Rephraser(rephraser)
 
     def __call__(self, audio):
         heard = self.listen(audio)
         if self.rephrase and len(heard) > 1:
-            return self.rephrase(heard), self.names[1]
-        return join(heard), self.names[0]
+            return self.rephrase(heard), f"{self.captioner}, {self.rephraser}"
+        return join(heard), self.captioner
 
 
 # ---------------------------------------------------------------------- music without vocals ----
@@ -295,6 +271,5 @@ class Separator:
         mean, scale = audio.mean(), audio.std() + 1e-8  # the level that it was trained at
         mix = ((audio - mean) / scale).expand(2, -1)[None]  # (1, 2, S)
         stems = self.apply(self.model, mix, shifts=0, split=True, overlap=0.25, device=self.device)
-        stems = zip(self.model.sources, stems[0].cpu())  # of (2, S)
-        kept = [stem for name, stem in stems if name != "vocals"]
-        return sum(kept).mean(0, keepdim=True) * scale + mean
+        kept = [i for i, name in enumerate(self.model.sources) if name != "vocals"]
+        return stems[0, kept].sum(0).mean(0, keepdim=True).cpu() * scale + mean

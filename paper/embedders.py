@@ -11,13 +11,12 @@ the paper does.
 
 OpenL3 gets mono. stable-audio-metrics embeds mono twice, as left and right, which doubles the FD
 exactly; the paper does not say what it did. The weights (18 MB, 340 MB, 2.3 GB) are downloaded to
-torch's cache, once; a file that you put there yourself is used as well.
+torch's cache, unless you put a file there yourself.
 
 S samples, n windows, W frames
 """
 
 import contextlib
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,9 +48,8 @@ def weights(url) -> Path:
 
 def resample(audio, rate):
     """(S,) at 44.1 kHz -> (S',) float32"""
-    common = math.gcd(rate, SAMPLE_RATE)
-    audio = resample_poly(np.asarray(audio, np.float64), rate // common, SAMPLE_RATE // common)
-    return torch.from_numpy(audio.astype(np.float32))
+    audio = resample_poly(np.asarray(audio, np.float64), rate, SAMPLE_RATE)
+    return torch.from_numpy(audio).float()
 
 
 def peak_normalised(audio, decibels=-1.0):
@@ -64,61 +62,6 @@ def ten_seconds(audio, rate, every):
     return windows(F.pad(audio, (0, max(0, 10 * rate - len(audio)))), 10, every, rate)
 
 
-class OpenL3:
-    """audio -> frames (W, 512). torchopenl3 puts half a second of silence in front, so frame i is
-    centred on second i / 2."""
-
-    def __init__(self):
-        import torchopenl3
-
-        weights(OPENL3)
-        self.package = torchopenl3
-        self.model = torchopenl3.core.load_audio_embedding_model("mel256", "music", 512)
-
-    def __call__(self, audio):
-        audio = peak_normalised(resample(audio, 48000))
-        with torch.inference_mode():
-            frames, _ = self.package.get_audio_embedding(
-                audio, 48000, self.model, hop_size=0.5, center=True, verbose=False
-            )
-        return frames[0].float().cpu()
-
-
-class PaSST:
-    """audio -> logits (n, 527) of AudioSet's classes, for each window"""
-
-    def __init__(self):
-        from hear21passt.base import get_basic_model
-
-        weights(PASST)
-        with contextlib.redirect_stdout(None):  # it prints all of its layers
-            self.model = get_basic_model(mode="logits", arch="passt_s_swa_p16_128_ap476").eval()
-
-    def __call__(self, audio):
-        with torch.inference_mode():
-            return self.model(ten_seconds(resample(audio, 32000), 32000, 5)).float().cpu()
-
-
-class Clap:
-    """audio -> embedding (512,), captions -> embeddings (N, 512). laion-clap would crop longer
-    audio at random, so it gets windows."""
-
-    def __init__(self, name):
-        import laion_clap
-
-        self.model = laion_clap.CLAP_Module(enable_fusion=False, amodel="HTSAT-base")
-        self.model.load_ckpt(str(weights(CLAP + name)), verbose=False)
-
-    def __call__(self, audio):
-        audio = ten_seconds(resample(audio, 48000), 48000, 10)
-        with torch.inference_mode():
-            return torch.from_numpy(self.model.get_audio_embedding_from_data(audio.numpy())).mean(0)
-
-    def read(self, captions):
-        with torch.inference_mode():
-            return torch.from_numpy(self.model.get_text_embedding(captions))
-
-
 class PaperRuler:
     """The three networks, with the interface of toy.judge.Judge."""
 
@@ -128,7 +71,9 @@ class PaperRuler:
         self.kl_average = kl_average
         clap = clap or CLAP_NAME
         try:
-            self.openl3, self.passt, self.clap = OpenL3(), PaSST(), Clap(clap)
+            self.frames = openl3()
+            self.logits = passt()
+            self.embedding, self.read = load_clap(clap)
         except (ImportError, OSError, RuntimeError) as error:  # the last two: a wrong torchaudio
             raise ValueError(
                 "the paper's metrics need `pip install -r requirements-paper.txt`, and laion-clap"
@@ -140,17 +85,62 @@ class PaperRuler:
             f" {clap}, 10 s windows"
         )
 
+    @torch.inference_mode()
     def listen(self, clips):
         """clips: an iterable of audio (S,) -> frames, window logits and embeddings of each"""
-        heard = [(self.openl3(a), self.passt(a), self.clap(a)) for a in clips]
+        heard = [(self.frames(a), self.logits(a), self.embedding(a)) for a in clips]
         frames, logits, embeddings = zip(*heard)
         return SimpleNamespace(frames=frames, logits=logits, embedding=torch.stack(embeddings))
-
-    def read(self, captions):
-        return self.clap.read(captions)
 
     def tags(self, heard):
         """One distribution for each clip (N, 527), from the mean of its windows' logits; or with
         kl_average "segments" one for each window (N, n, 527)."""
         logits = torch.stack(heard.logits)  # (N, n, 527)
         return (logits if self.kl_average == "segments" else logits.mean(1)).softmax(-1)
+
+
+def openl3():
+    """-> a function: audio -> frames (W, 512). torchopenl3 puts half a second of silence in front,
+    so frame i is centred on second i / 2."""
+    import torchopenl3
+
+    weights(OPENL3)
+    model = torchopenl3.core.load_audio_embedding_model("mel256", "music", 512)
+
+    def embed(audio):
+        audio = peak_normalised(resample(audio, 48000))
+        frames, _ = torchopenl3.get_audio_embedding(
+            audio, 48000, model, hop_size=0.5, center=True, verbose=False
+        )
+        return frames[0].float().cpu()
+
+    return embed
+
+
+def passt():
+    """-> a function: audio -> logits (n, 527) of AudioSet's classes, for each window"""
+    from hear21passt.base import get_basic_model
+
+    weights(PASST)
+    with contextlib.redirect_stdout(None):  # it prints all of its layers
+        model = get_basic_model(mode="logits", arch="passt_s_swa_p16_128_ap476").eval()
+    return lambda audio: model(ten_seconds(resample(audio, 32000), 32000, 5)).float().cpu()
+
+
+def load_clap(name):
+    """-> two functions: audio -> embedding (512,), and captions -> embeddings (N, 512). laion-clap
+    would crop longer audio at random, so it gets windows."""
+    import laion_clap
+
+    model = laion_clap.CLAP_Module(enable_fusion=False, amodel="HTSAT-base")
+    model.load_ckpt(str(weights(CLAP + name)), verbose=False)
+
+    def embed(audio):
+        audio = ten_seconds(resample(audio, 48000), 48000, 10)
+        return torch.from_numpy(model.get_audio_embedding_from_data(audio.numpy())).mean(0)
+
+    @torch.inference_mode()
+    def read(captions):
+        return torch.from_numpy(model.get_text_embedding(captions))
+
+    return embed, read

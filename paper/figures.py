@@ -8,7 +8,6 @@
 Each takes the options of evaluate.py, and all but figure3 write its table as well.
 """
 
-import argparse
 import csv
 import re
 from pathlib import Path
@@ -21,48 +20,39 @@ from audio import FRAME_RATE, mel_spectrogram, read_audio
 from checkpoint import load_checkpoint
 from options import entry, new_parser
 
-# FD_openl3, KL and CLAP as the paper (SSMTTM) printed them; simba-9: one stage, nine codebooks.
-TABLES = {
-    "1": {"codec-1": (59.3433, 1.4950, 0.1950), "mamba": (107.0340, 1.8837, 0.1450),
-          "simba": (102.7248, 1.5106, 0.1776), "cross-simba": (118.4306, 1.3012, 0.1240),
-          "transformer": (99.2973, 3.1077, 0.1150)},  # 10 s, step 20,000, codebook 1 alone
-    "2": {"musicgen-small": (109.1424, 1.8371, 0.2422), "simba-9": (98.6492, 1.1952, 0.2360),
-          "transformer": (83.1081, 1.4994, 0.1852), "simba": (74.4559, 1.2948, 0.2370)},  # 10 s
-    "2b": {"musicgen-small": (125.8558, 1.3879, 0.2234), "simba-9": (107.2963, 0.6902, 0.2280),
-           "transformer": (97.3981, 1.2494, 0.1630), "simba": (85.2023, 0.9408, 0.2495)},  # 25 s
-    # Simba of so many blocks, 25 s. The paper says 94.4 M parameters for 6 blocks; by its own
-    # architecture they have 72.4 M.
-    "4": {24: (85.2023, 0.9408, 0.2495), 12: (88.1027, 1.1073, 0.2547),
-          6: (82.0459, 0.9284, 0.2442)},
-}  # fmt: skip
 JAZZ_REGGAE = """This is the recording of a jazz reggae concert. There is a saxophone lead playing a
 solo. There is a keyboard and an electric guitar playing the main tune with the backing of a bass
 guitar. In the rhythmic background, there is an acoustic reggae drum beat. The atmosphere is groovy
 and chill. This piece could be playing in the background at a beach. It could also be included in
 the soundtrack of a summer/vacation/tropical themed movie.""".replace("\n", " ")  # of Figure 3
+CODECS = " ".join(f"codec-{k}" for k in range(1, 10))
 FROM_TABLES = {  # command: options of evaluate.py, the rows to draw, what their number is
     "figure2": ("--prompts sentence --name figure2", r"(.+)/step-(\d+)", "training step"),
-    "codebooks": (
-        " ".join(f"codec-{k}" for k in range(1, 10)) + " --name codebooks", r"(codec)-(\d)",
-        "codebooks",
-    ),
+    "codebooks": (f"{CODECS} --name codebooks", r"(codec)-(\d)", "codebooks"),
     "tempo": ("--prompts bpm genre --name tempo", "", ""),
-}  # fmt: skip
+}
 
 
 def add_published(table, number, seconds):
     """Adds columns to a table of evaluate.py: the parameters of each checkpoint, and the figures of
-    the paper's Table `number` for the same variant, codebooks and blocks."""
-    theirs = TABLES["2b" if number == 2 and seconds > 10 else str(number)]
+    the paper's Table `number` for the same variant, codebooks and blocks.
+
+    They are in tables.csv. Table I: 10 s, step 20,000, codebook 1 alone. II: 10 s; IIb: 25 s;
+    simba-9: one stage, nine codebooks. IV: simba of so many blocks, 25 s. The paper says 94.4 M
+    parameters for 6 blocks; by its own architecture they have 72.4 M.
+    """
+    number = "2b" if number == 2 and seconds > 10 else str(number)
+    with open(Path(__file__).with_name("tables.csv"), encoding="utf-8") as lines:
+        theirs = {row["system"]: row for row in csv.DictReader(lines) if row["table"] == number}
     for row, cells in table.items():
         key = evaluate.stages(row.split(", ")[0])[0]
         if Path(key).exists() and evaluate.type_of(key) == "checkpoint":
             lm = load_checkpoint(key)
             cells["parameters, M"] = evaluate.Cell(sum(p.numel() for p in lm.parameters()) / 1e6)
             key = lm.config.variant + ("-9" if lm.config.codebooks == 9 else "")
-            key = lm.config.blocks if number == 4 and key == "simba" else key
-        for column, value in zip(("FD_openl3", "KL", "CLAP"), theirs.get(key, ())):
-            cells[f"{column}, paper"] = evaluate.Cell(value)
+            key = str(lm.config.blocks) if number == "4" and key == "simba" else key
+        for column in ("FD_openl3", "KL", "CLAP") if key in theirs else ():
+            cells[f"{column}, paper"] = evaluate.Cell(float(theirs[key][column]))
 
 
 def draw(name, pattern, xlabel):
@@ -126,12 +116,11 @@ def loss_curve(rows, path):
 def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("figure", choices=[*FROM_TABLES, "figure3"])
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="systems, and options")
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)
     if args.figure == "figure3":
-        return figure3(evaluate.parse_arguments(args.arguments).systems)
+        return figure3(evaluate.parse_arguments(more).systems)
     options, pattern, xlabel = FROM_TABLES[args.figure]
-    evaluate.main([*options.split(), *args.arguments])
+    evaluate.main([*options.split(), *more])
     if pattern:
         draw(args.figure, pattern, xlabel)
 

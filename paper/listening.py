@@ -19,12 +19,14 @@ import base64
 import io
 import json
 import secrets
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from audio import FORMATS, SAMPLE_RATE, read_audio, write_text
 from options import entry, new_parser, read_lines
+from paper.captions import explained
 
 SCALES = {  # the paper's three
     "Consistency": "Does the music hang together, in detail and as a whole: melody, rhythm, form?",
@@ -37,12 +39,12 @@ QUESTIONS = 3  # in a session
 def make_page(systems, prompts, out, count=24):
     """Writes the page `out` and its key, for folders and lines of text -> the number of prompts: at
     most `count`, drawn at random. Every listener's browser draws three of them."""
-    if len(systems) < 2 or len({Path(s).name for s in systems}) < len(systems):
+    out, clips = Path(out), {}
+    for system in map(Path, systems):
+        files = [p for p in system.iterdir() if p.suffix.lower() in (*FORMATS, ".mp3")]
+        clips[system.name] = {int(p.stem): p for p in files if p.stem.isdigit()}
+    if len(clips) < max(2, len(systems)):
         raise ValueError("a listening test compares two or more folders of different names")
-    clips = {}
-    for system in systems:
-        files = [p for p in Path(system).iterdir() if p.suffix.lower() in (*FORMATS, ".mp3")]
-        clips[Path(system).name] = {int(p.stem): p for p in files if p.stem.isdigit()}
     shared = [i for i in range(len(prompts)) if all(i in files for files in clips.values())]
     if len(shared) < QUESTIONS:
         raise ValueError(
@@ -50,23 +52,18 @@ def make_page(systems, prompts, out, count=24):
             " clip NNN.wav plays line NNN (from 0) of the prompts"
         )
     rng = np.random.default_rng()
-    chosen = sorted(rng.permutation(shared)[:count].tolist())
     key, questions = {}, []
-    for i in chosen:
-        codes = {}
-        for name in rng.permutation(sorted(clips)):
-            code = secrets.token_hex(6)
-            key[code] = dict(system=str(name), prompt=i)
-            codes[code] = as_ogg(clips[name][i])
-        questions.append(dict(prompt=prompts[i], clips=codes))
+    for i in sorted(rng.permutation(shared)[:count].tolist()):
+        codes = {secrets.token_hex(6): str(name) for name in rng.permutation(sorted(clips))}
+        key |= {code: dict(system=name, prompt=i) for code, name in codes.items()}
+        audio = {code: as_ogg(clips[name][i]) for code, name in codes.items()}
+        questions.append(dict(prompt=prompts[i], clips=audio))
     test = dict(id=secrets.token_hex(4), scales=SCALES, questions=questions, perSession=QUESTIONS)
     data = json.dumps(test).replace("</", "<\\/")  # no caption can close the script
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page.replace("/*TEST*/null", data))
-    key = json.dumps(dict(id=test["id"], clips=key), indent=1)
-    write_text(out.with_suffix(".key.json"), key)
+    write_text(out.with_suffix(".key.json"), json.dumps(dict(id=test["id"], clips=key), indent=1))
     return len(questions)
 
 
@@ -86,39 +83,34 @@ def as_ogg(path):
 
 def tally(folder, key=None):
     """Answers (JSON files in `folder`), the page's key -> {system: {scale: marks}}, listeners."""
-    keys = [Path(key)] if key else sorted(Path(folder).glob("*.key.json"))
-    answers = sorted(set(Path(folder).glob("*.json")) - set(Path(folder).glob("*.key.json")))
+    found = set(Path(folder).glob("*.key.json"))
+    keys = {Path(key)} if key else found
+    answers = sorted(set(Path(folder).glob("*.json")) - found)
     if not keys or not answers:
         raise ValueError(
             f"{folder} needs the listeners' answers and the page's key (NAME.key.json), or --key"
         )
     codes = {}
     for path in keys:
-        try:
+        with explained(f"{path} is not the key of a page"):
             known = json.loads(path.read_text(encoding="utf-8"))
             codes |= {(known["id"], code): clip["system"] for code, clip in known["clips"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not the key of a page ({error!r})") from None
-    marks, listeners = {}, set()
+    sessions = {}  # {listener: [(system, scale, mark)]}; one that was sent twice counts once
     for path in answers:
-        try:
+        with explained(f"{path} is not an answer to this page"):
             given = json.loads(path.read_text(encoding="utf-8"))
-            listener = given["listener"]
             found = [
-                (codes[given["test"], a["clip"]], scale, mark)
-                for a in given["answers"]
-                for scale, mark in a["marks"].items()
+                (codes[given["test"], answer["clip"]], scale, answer["marks"][scale])
+                for answer in given["answers"]
+                for scale in SCALES
             ]
-            if any(scale not in SCALES or mark not in (1, 2, 3, 4, 5) for _, scale, mark in found):
+            if not {mark for _, _, mark in found} <= {1, 2, 3, 4, 5}:
                 raise ValueError("a mark that is no number from 1 to 5")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not an answer to this page ({error!r})") from None
-        if listener in listeners:
-            continue  # the same session, sent twice
-        listeners.add(listener)
-        for system, scale, mark in found:
-            marks.setdefault(system, {s: [] for s in SCALES})[scale].append(mark)
-    return marks, len(listeners)
+            sessions.setdefault(given["listener"], found)
+    marks = {}
+    for system, scale, mark in chain(*sessions.values()):
+        marks.setdefault(system, {s: [] for s in SCALES})[scale].append(mark)
+    return marks, len(sessions)
 
 
 def table(marks, listeners):

@@ -6,7 +6,7 @@ from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from audio import SAMPLE_RATE, read_audio
-from paper.captions import mentions_vocals
+from paper.captions import explained, mentions_vocals
 from paper.sources import musiccaps_files, read_musiccaps
 
 
@@ -55,19 +55,15 @@ def musicgen(name, prompts, seconds, seeds):
     """MusicGen-small with its authors' settings -> yields (audio (S,), no tokens)."""
     from transformers import AutoProcessor, MusicgenForConditionalGeneration
 
-    try:
-        model = MusicgenForConditionalGeneration.from_pretrained(f"facebook/{name}").eval()
+    with explained(f"no weights: get https://huggingface.co/facebook/{name} with `hf download`"):
+        model = MusicgenForConditionalGeneration.from_pretrained(f"facebook/{name}")
         processor = AutoProcessor.from_pretrained(f"facebook/{name}")
-    except OSError:
-        raise ValueError(
-            f"no weights of {name}: `huggingface-cli download facebook/{name}` fetches them from"
-            f" https://huggingface.co/facebook/{name}"
-        ) from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = dict(do_sample=True, guidance_scale=3.0, top_k=250)
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     for prompt, seed in zip(prompts, seeds):
         torch.manual_seed(seed)
-        inputs = processor(text=[prompt], padding=True, return_tensors="pt").to(device)
-        tokens = round(50 * seconds)
-        audio = model.to(device).generate(**inputs, **options, max_new_tokens=tokens)
+        inputs = processor(text=[prompt], padding=True, return_tensors="pt").to(model.device)
+        audio = model.generate(
+            **inputs, do_sample=True, guidance_scale=3.0, top_k=250,
+            max_new_tokens=round(50 * seconds),
+        )  # fmt: skip
         yield resample_poly(audio[0, 0].float().cpu().numpy(), 441, 320), None

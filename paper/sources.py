@@ -1,17 +1,16 @@
-"""The paper's corpora as lists of tracks for data.py: MTG-Jamendo for training (SSMTTM IV-A), and
+"""The paper's corpora as lists of tracks for curate.py: MTG-Jamendo for training (SSMTTM IV-A), and
 MusicCaps for the test. Nothing is decoded here."""
 
 import csv
-import itertools
 import re
 from pathlib import Path
 
 import numpy as np
 
-from curate import VOCAL, audio_files, find_caption, new_track
-from paper.captions import mentions_vocals, read_table, sentence_from_tags
+from curate import audio_files, find_caption, is_vocal, new_track
+from paper.captions import explained, read_table, sentence_from_tags
 
-# -------------------------------------------------------------------------------- MTG-Jamendo ----
+CLONE = "is missing: `git clone https://github.com/MTG/mtg-jamendo-dataset`"
 
 
 def jamendo_tracks(metadata, audio, song_describer, options):
@@ -25,18 +24,16 @@ def jamendo_tracks(metadata, audio, song_describer, options):
     """
     metadata = Path(metadata)
     rows = read_jamendo(metadata / "data" / "raw_30s.tsv")
-    splits = read_splits(metadata / "data" / "splits" / "split-0")
+    train, valid, test = (
+        read_jamendo(metadata / "data" / "splits" / "split-0" / f"autotagging-{name}.tsv")
+        for name in ("train", "validation", "test")
+    )
     if song_describer:
         excluded, why = read_song_describer(song_describer), "belongs to the Song Describer Dataset"
-    elif splits["test"]:
-        excluded, why = splits["test"], "is in split-0's test set, which holds Song Describer"
     else:
-        raise ValueError(
-            f"{metadata} has no data/splits/split-0: clone github.com/MTG/mtg-jamendo-dataset, or "
-            "name Song Describer's tracks with --song-describer song_describer.csv"
-        )
-    valid_artists = {row["artist"] for row in splits["validation"].values()}
-    train_artists = {r["artist"] for name in ("train", "test") for r in splits[name].values()}
+        excluded, why = test, "is in split-0's test set, which holds Song Describer"
+    splits = {row["artist"]: "train" for row in (train | test).values()}
+    splits |= {row["artist"]: "valid" for row in valid.values()}
     licences = read_licences(metadata / "audio_licenses.txt")
     table = read_table(options.captions) if options.captions else {}
     tracks = []
@@ -49,8 +46,8 @@ def jamendo_tracks(metadata, audio, song_describer, options):
         if not caption[0] and options.captioner == "none":
             caption = sentence_from_tags(row["tags"], options.keep_vocals), "tags"
         about = dict(source="MTG-Jamendo") | row | licences.get(file, {})
-        if row["artist"] in valid_artists or row["artist"] in train_artists:
-            about["split"] = "valid" if row["artist"] in valid_artists else "train"
+        if row["artist"] in splits:
+            about["split"] = splits[row["artist"]]
         missing = f"is not in {audio}, the folder of raw_30s: 00/7400.mp3 and so on"
         skip = why if number in excluded else "" if path.is_file() else missing
         tracks.append(new_track(path, name, caption, options, skip, **about))
@@ -60,29 +57,18 @@ def jamendo_tracks(metadata, audio, song_describer, options):
 def read_jamendo(tsv):
     """A table of MTG-Jamendo -> {track number: artist, album, path, seconds, tags}. Its lines are
     TRACK_ID ARTIST_ID ALBUM_ID PATH DURATION TAGS; all further columns are tags."""
+    with explained(f"{tsv} {CLONE}"):
+        _, *lines = Path(tsv).read_text(encoding="utf-8").rstrip().split("\n")
     rows = {}
-    try:
-        with open(tsv, encoding="utf-8") as lines:
-            for line in itertools.islice(lines, 1, None):
-                track, artist, album, path, seconds, *tags = line.rstrip("\r\n").split("\t")
-                rows[_number(track)] = dict(
-                    artist=artist, album=album, path=path, seconds=float(seconds), tags=tags
-                )
-    except FileNotFoundError:
-        raise ValueError(
-            f"{tsv} is missing: `git clone https://github.com/MTG/mtg-jamendo-dataset`"
-        ) from None
-    except ValueError:
-        raise ValueError(
-            f"{tsv}, line {len(rows) + 2}: expected TRACK_ID ARTIST_ID ALBUM_ID PATH DURATION TAGS"
-        ) from None
+    for number, line in enumerate(lines, 2):
+        with explained(
+            f"{tsv}, line {number}: expected TRACK_ID ARTIST_ID ALBUM_ID PATH DURATION TAGS"
+        ):
+            track, artist, album, path, seconds, *tags = line.split("\t")
+            rows[_number(track)] = dict(
+                artist=artist, album=album, path=path, seconds=float(seconds), tags=tags
+            )
     return rows
-
-
-def read_splits(folder):
-    names = ("train", "validation", "test")
-    files = {name: folder / f"autotagging-{name}.tsv" for name in names}
-    return {name: read_jamendo(file) if file.is_file() else {} for name, file in files.items()}
 
 
 def _number(name):  # "track_0000214" or "214" -> 214
@@ -92,71 +78,49 @@ def _number(name):  # "track_0000214" or "214" -> 214
 def read_licences(file):
     """audio_licenses.txt -> {path: licence (a URL), credit ("Title by Artist from Jamendo: URL")}.
     Its blocks are a path, the credit, and a sentence that ends with the licence."""
-    licences, path = {}, None
-    if not Path(file).is_file():
-        raise ValueError(
-            f"{file} is missing, and no clip may go without its licence: "
-            "`git clone https://github.com/MTG/mtg-jamendo-dataset`"
-        )
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for line in map(str.strip, lines):
-            if re.fullmatch(r"\d\d/\d+\.mp3", line):
-                path = line
-                licences[path] = {}
-            elif path and line.strip("-") and "credit" not in licences[path]:
-                licences[path]["credit"] = line
-            elif path and (found := re.search(r"https?://\S+", line)):
-                licences[path]["licence"] = found[0]
+    with explained(f"no clip may go without its licence, and {file} {CLONE}"):
+        text = Path(file).read_text(encoding="utf-8", errors="replace")
+    licences = {}
+    blocks = re.split(r"^\s*(\d\d/\d+\.mp3)\s*$", text, flags=re.M)[1:]
+    for path, block in zip(blocks[::2], blocks[1::2]):
+        credit, *rest = [line.strip() for line in block.split("\n") if line.strip(" -")] or [""]
+        licences[path] = dict(credit=credit)
+        if found := re.search(r"https?://\S+", " ".join(rest)):
+            licences[path]["licence"] = found[0]
     return licences
 
 
 def read_song_describer(file):
-    try:
+    with explained(f"{file} is not Song Describer's song_describer.csv"):
         with open(file, encoding="utf-8-sig", newline="") as lines:
             return {_number(row["track_id"]) for row in csv.DictReader(lines)}
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} is not Song Describer's song_describer.csv ({error!r})") from None
-
-
-# ---------------------------------------------------------------------------------- MusicCaps ----
 
 
 def musiccaps_tracks(table, audio, choose, options):
     """table: musiccaps-public.csv; audio: a folder of clips named by the ytid. Of the clips that
     are there, and whose captions do not mention vocals, `choose` are drawn by the seed."""
-    rows, files = read_musiccaps(table), musiccaps_files(audio)
-    usable = [
-        name
-        for name, caption in sorted(rows.items())
-        if name in files and (options.keep_vocal_captions or not mentions_vocals(caption))
-    ]
+    rows, files = sorted(read_musiccaps(table).items()), musiccaps_files(audio)
+    usable = [name for name, text in rows if name in files and not is_vocal(text, options)]
     if not usable:
         raise ValueError(f"no clip of {table} is in {audio}: expected files such as YTID.wav")
-    order = np.random.default_rng(options.seed).permutation(len(usable))
-    chosen = {usable[i] for i in order[:choose]}
+    rng = np.random.default_rng(options.seed)
+    others = {usable[i] for i in rng.permutation(len(usable))[choose:]}
     tracks = []
-    for name, caption in sorted(rows.items()):
-        skip = "" if name in chosen else f"is not among the {choose} chosen"
-        if name not in files:
-            skip = f"has no audio in {audio}"
-        elif name not in usable:
-            skip = VOCAL
+    for name, text in rows:
+        skip = f"is not among the {choose} chosen" if name in others else ""
+        skip = skip if name in files else f"has no audio in {audio}"
         about = dict(source="MusicCaps", split="test")
         path = files.get(name, name)
-        tracks.append(new_track(path, name, (caption, "MusicCaps"), options, skip, **about))
+        tracks.append(new_track(path, name, (text, "MusicCaps"), options, skip, **about))
     return tracks
 
 
 def read_musiccaps(table):
     """-> {ytid: caption}"""
-    try:
+    columns = "musiccaps-public.csv with columns ytid and caption"
+    with explained(f"{table} is not MusicCaps' table, {columns}"):
         with open(table, encoding="utf-8-sig", newline="") as lines:
             return {row["ytid"]: row["caption"].strip() for row in csv.DictReader(lines)}
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{table} is not MusicCaps' table, musiccaps-public.csv with columns ytid and caption "
-            f"({error!r})"
-        ) from None
 
 
 def musiccaps_files(audio):

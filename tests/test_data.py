@@ -804,7 +804,7 @@ def test_jamendos_splits_licences_and_exclusions(jamendo, tmp_path):
     assert tracks["track_0603752"]["skip"] == "belongs to the Song Describer Dataset"
     assert "skip" not in tracks["track_0003524"] and tracks["track_0003524"]["split"] == "train"
     shutil.rmtree(jamendo[0] / "data/splits")
-    with pytest.raises(ValueError, match="--song-describer"):
+    with pytest.raises(ValueError, match="autotagging-train.tsv is missing: `git clone"):
         sources.jamendo_tracks(*jamendo, "", Options())
 
 
