@@ -1,35 +1,38 @@
-"""How fast the SSD and the language models are, next to other libraries.
+"""How fast the SSD and the language models are, next to other libraries, and how exact.
 
     python -m experiments.bench ssd       the SSD, forward and backward, against installed peers
     python -m experiments.bench step      a training step of each language model
     python -m experiments.bench decode    a step of sampling, against MusicGen-small
-    python -m experiments.bench errors    errors of the SSD against float64 (gpu.py)
-    python -m experiments.bench gpu       all of these, the tests, 300 training steps (gpu.py)
+    python -m experiments.bench errors    errors of the SSD against float64
+    python -m experiments.bench gpu       on one page, in under ten minutes: all of these, the
+                                          kernels' tests, and 300 training steps
     TRITON_INTERPRET=1 python -m experiments.bench gpu --rehearse    the same on a CPU, small
 
-Prints Markdown. Weights are random. Times are medians: of triton.testing.do_bench on a GPU, which
-clears the cache between calls, of torch.utils.benchmark on a CPU. Letters are model.py's.
+Prints Markdown. Weights are random. Times are medians. Letters are model.py's.
 """
 
 import math
 import os
+import subprocess
+import sys
+import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.utils import benchmark
 
 import ssd_kernel
 from audio import FRAME_RATE
-from model import VARIANTS, LMConfig, MusicLM, ssd_chunked
+from data import Clips
+from model import VARIANTS, LMConfig, MusicLM, ssd_chunked, ssd_recurrent
 from options import entry, new_parser
-from paper import budget
-from sample import guided, multiplies_bf16, precision, prepare, sample_tokens, step_function
+from paper.budget import median_seconds, memory, products_per_second
+from sample import ROOT, guided, multiplies_bf16, precision, prepare, sample_tokens, step_function
+from toy import corpus
 from train import PRESETS, TrainConfig
 
-ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
 RUNS_KERNELS = GPU or "TRITON_INTERPRET" in os.environ
@@ -48,14 +51,8 @@ SMALL = SimpleNamespace(
 )  # fmt: skip
 
 
-def seconds(function):
-    """The median time of a call."""
-    if GPU:
-        from triton.testing import do_bench
-
-        return do_bench(function, return_mode="median") / 1e3
-    timer = benchmark.Timer("f()", globals=dict(f=function), num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.5).median
+def milliseconds(function):
+    return f"{1e3 * median_seconds(function):.3g}"
 
 
 def peak(function):
@@ -86,56 +83,91 @@ def inputs(shape, dtype, decay=1.0):
     return {name: v.to(DEVICE).requires_grad_() for name, v in args.items()}
 
 
-def implementation(name):
-    """An SSD, a function of (x, dt, A, B, C, D, chunk). Raises what an import raises."""
-    if name == "kernels" and not RUNS_KERNELS:
+def kernels(x, dt, A, B, C, D, chunk):
+    if not RUNS_KERNELS:
         raise ValueError("needs a GPU")
-    if name in ("kernels", "PyTorch"):
-        return ssd_kernel.ssd if name == "kernels" else ssd_chunked
-    heads = lambda v: v[:, :, None]
-    if name == "fla":
-        from fla.ops.simple_gla import chunk_simple_gla
+    return ssd_kernel.ssd(x, dt, A, B, C, D, chunk=chunk)
 
-        def scan(x, dt, A, B, C, D, chunk):
-            k, q = (heads(v).expand(-1, -1, x.shape[2], -1).contiguous() for v in (B, C))
-            y, _ = chunk_simple_gla(q, k, x * dt[..., None].to(x.dtype), g=dt * A, scale=1.0)
-            return y + D[:, None].to(x.dtype) * x
 
-        return scan
-    if name == "mamba_ssm":
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as peer
-    else:
-        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan as peer
-    return lambda x, dt, A, B, C, D, chunk: peer(x, dt, A, heads(B), heads(C), chunk, D=D)
+def mamba_ssm(x, dt, A, B, C, D, chunk):
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
+
+    return scan(x, dt, A, B[:, :, None], C[:, :, None], chunk, D=D)
+
+
+def fla(x, dt, A, B, C, D, chunk):
+    from fla.ops.simple_gla import chunk_simple_gla as scan
+
+    k, q = (v[:, :, None].expand(-1, -1, x.shape[2], -1).contiguous() for v in (B, C))
+    y, _ = scan(q, k, x * dt[..., None].to(x.dtype), g=dt * A, scale=1.0)
+    return y + D[:, None].to(x.dtype) * x
+
+
+def transformers(x, dt, A, B, C, D, chunk):
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan as scan
+
+    return scan(x, dt, A, B[:, :, None], C[:, :, None], chunk, D=D)
 
 
 def ssd(sizes):
-    product = budget.products_per_second(DEVICE)
     block = torch.empty(2**28 if GPU else 2**24, dtype=torch.uint8, device=DEVICE)
-    copy = 2 * block.numel() / seconds(block.clone)
+    copy, product = 2 * block.numel() / median_seconds(block.clone), products_per_second(DEVICE)
     rows = []
     for B, L, H, P, N in sizes.shapes:
         # The bytes of all operands and states, and the products of the chunked algorithm.
         moved = 2 * B * L * (5 * H * P + 6 * N + 5 * H * P * N / sizes.chunk)
         least = max(moved / copy, B * L * H * P * (12 * N + 3 * sizes.chunk) / product)
-        rows.append([N, "lower bound at this device's rates", "-", f"{1e3 * least:.3f}", "-"])
+        rows.append([N, "lower bound at this device's rates", "-", f"{1e3 * least:.3g}", "-"])
         args = inputs((B, L, H, P, N), torch.bfloat16 if GPU else torch.float32)
-        for name in ("kernels", "PyTorch", "mamba_ssm", "fla", "transformers"):
+        for scan in (kernels, ssd_chunked, mamba_ssm, fla, transformers):
+
+            def forward(scan=scan, args=args):
+                y = scan(**args, chunk=sizes.chunk)
+                return y[0] if isinstance(y, tuple) else y
+
+            def both(forward=forward, args=args):
+                torch.autograd.grad(forward(), [*args.values()], args["x"].detach())
+
             try:
-                scan = implementation(name)
-
-                def forward(scan=scan, args=args):
-                    y = scan(**args, chunk=sizes.chunk)
-                    return y[0] if isinstance(y, tuple) else y
-
-                def both(forward=forward, args=args):
-                    torch.autograd.grad(forward(), [*args.values()], args["x"].detach())
-
-                cells = f"{1e3 * seconds(forward):.3f}", f"{1e3 * seconds(both):.3f}", peak(both)
+                cells = milliseconds(forward), milliseconds(both), peak(both)
             except Exception as error:  # not installed, out of memory, no kernel for this shape
                 cells = f"{type(error).__name__}: {error}".splitlines()[0][:60], "-", "-"
-            rows.append([N, name, *cells])
+            rows.append([N, scan.__name__, *cells])
     return table(["N", "", "forward, ms", "forward + backward, ms", "peak GB"], rows)
+
+
+def errors(sizes):
+    """Relative errors of the SSD, in norm, against the loop in float64 from the same inputs."""
+    ways = [
+        ("PyTorch", ssd_chunked, None),
+        ("kernels", ssd_kernel.ssd, None),
+        ("kernels, fp32 states", ssd_kernel.ssd, torch.float32),
+    ]
+    short, long = sizes.lengths
+    rows = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        # The interpreter's products of bf16 are wrong.
+        runs = RUNS_KERNELS and (GPU or dtype != torch.bfloat16)
+        for L, decay in [(short, 1.0), (long, 1.0), (short, 0.01), (short, 100.0)]:
+            args = inputs((1, L, *sizes.errors), dtype, decay)
+            exact = {name: v.detach().double().requires_grad_() for name, v in args.items()}
+            expected = outputs_and_gradients(ssd_recurrent, exact)
+            for name, function, state_dtype in ways if runs else ways[:1]:
+                if state_dtype == dtype:
+                    continue
+                with mock.patch.object(ssd_kernel, "STATE_DTYPE", state_dtype):
+                    found = outputs_and_gradients(function, args, chunk=64)
+                cells = [(a.double() - b).norm() / b.norm() for a, b in zip(found, expected)]
+                rows.append([str(dtype)[6:], L, decay, name, *(f"{cell:.1e}" for cell in cells)])
+    header = ["dtype", "L", "dt times", "", "y", "state", *("d" + name for name in args)]
+    return table(header, rows)
+
+
+def outputs_and_gradients(function, args, **options):
+    y, state = function(**args, **options)
+    g = torch.Generator().manual_seed(0)
+    loss = sum((v * torch.randn(v.shape, generator=g).to(DEVICE)).sum() for v in (y, state))
+    return [y, state, *torch.autograd.grad(loss, [*args.values()])]
 
 
 # ------------------------------------------------------------------------------ the language models
@@ -165,24 +197,45 @@ def trainer(lm, batch):
     return train
 
 
+def learn(sizes):
+    """Simba trains on toy clips. ValueError unless its loss falls, as with the SSD in PyTorch."""
+    clips = Clips(corpus.folder(), "train", 1)
+    size = sizes.batch, min(862, sizes.frames)
+
+    def losses(steps):
+        train = trainer(language_model(sizes, "simba"), sizes.batch)
+        batches = (clips.batch(i * size[0], *size, 0, lambda *_: "")[0] for i in range(steps))
+        return [train(codes.to(DEVICE)) for codes in batches]
+
+    found = losses(sizes.steps)
+    with mock.patch.object(ssd_kernel, "available", lambda x: False):
+        apart = max(abs(a - b) for a, b in zip(found, losses(10)))
+    first, last = (sum(part) / 10 for part in (found[:10], found[-10:]))
+    text = f"Loss of the first ten of {sizes.steps} steps {first:.3f}, of the last ten {last:.3f}; "
+    text += f"with the SSD in PyTorch the first ten are at most {apart:.4f} apart."
+    if not last < first or apart > 0.2:
+        raise ValueError(text)
+    return text
+
+
 def step(sizes):
     """A training step. "counted": what `train.py --dry-run` says of its memory."""
-    config = TrainConfig(**PRESETS["paper"] | dict(compile=False))
-    product = budget.products_per_second(DEVICE)
+    length = sizes.frames / FRAME_RATE
+    options = dict(compile=False, batch=sizes.batch, seconds=length, crop=length)
+    config = TrainConfig(**PRESETS["paper"] | options)
+    product = products_per_second(DEVICE)
     codes = torch.randint(1024, (sizes.batch, 1, sizes.frames), device=DEVICE)
     rows = []
     for variant in VARIANTS:
         lm = language_model(sizes, variant)
         lm.recompute = config.recompute
-        count = budget.parameters(lm.config)
-        counted = budget.memory(lm.config, config, count, 0, sizes.frames, sizes.batch)
-        train = trainer(lm, sizes.batch)
-        run = lambda: train(codes)  # noqa: B023
-        run()  # compiles kernels
-        took = seconds(run)
+        count = sum(p.numel() for p in lm.parameters())
+        counted = sum(memory(lm.config, config, 0).values())
+        run = partial(trainer(lm, sizes.batch), codes)
+        took = median_seconds(run)
         cells = f"{count / 1e6:.1f}", f"{1e3 * took:.0f}", f"{codes.numel() / took:,.0f}"
         cells += f"{6 * count * codes.numel() / took / product:.0%}", peak(run)
-        rows.append([variant, *cells, f"{sum(counted.values()) / 1e9:.2f}"])
+        rows.append([variant, *cells, f"{counted / 1e9:.2f}"])
     return table(["", "M parameters", "ms", "tokens/s", "MFU", "peak GB", "counted GB"], rows)
 
 
@@ -237,7 +290,7 @@ def decode(sizes):
             steps, state = open_musicgen(sizes, at) if theirs else open_ours(sizes, name, at)
             for kind, run in steps.items():
                 uniform = torch.rand(1, 4 if theirs else 1, device=DEVICE)
-                took = seconds(lambda: sample_tokens(guided(run(), 3), uniform))  # noqa: B023
+                took = median_seconds(lambda: sample_tokens(guided(run(), 3), uniform))  # noqa: B023
                 rate = 1 / took / (50 if theirs else FRAME_RATE)
                 size = sum(v.nbytes for v in state) / 1e6
                 cells = f"{1e3 * took:.2f}", f"{rate:.2f}", f"{size:.1f}", peak(run)
@@ -246,14 +299,46 @@ def decode(sizes):
     return table(header, rows)
 
 
+# ------------------------------------------------------------------------------------ one page ----
+
+
+def tests(sizes):
+    """The tests of the kernels, which on a GPU run there."""
+    command = [sys.executable, "-m", "pytest", "-n", "8", "test_ssd.py", "tests/test_kernel.py"]
+    command += sizes.tests
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    if run.returncode:
+        raise ValueError(run.stdout[-2000:])
+    return run.stdout.splitlines()[-1]
+
+
+def gpu(sizes, parts=(tests, ssd, errors, learn, decode, step)):
+    """The page. It is written after every part, and a part that fails does not stop the others."""
+    file = ROOT / sizes.page
+    file.parent.mkdir(exist_ok=True)
+    text = f"# {torch.cuda.get_device_name() if GPU else 'CPU'}, torch {torch.__version__}\n"
+    failed = []
+    for part in parts:
+        begun = time.time()
+        try:
+            result = part(sizes)
+        except Exception as error:
+            failed.append(part.__name__)
+            result = f"Failed: {type(error).__name__}: {error}"
+        text += f"\n## {part.__name__}\n\n{result}\n\n({time.time() - begun:.0f} s)\n"
+        file.write_text(text, encoding="utf-8")
+        torch.cuda.empty_cache()
+    if failed:
+        raise ValueError(f"{', '.join(failed)} failed: see {file}")
+    return text
+
+
 def main(argv=None):
     parser = new_parser(__doc__)
-    parser.add_argument("what", choices=["ssd", "step", "decode", "errors", "gpu"])
+    parts = {part.__name__: part for part in (ssd, step, decode, errors, gpu)}
+    parser.add_argument("what", choices=parts)
     parser.add_argument("--rehearse", action="store_true", help="at small sizes")
     args = parser.parse_args(argv)
-    from experiments import gpu
-
-    parts = dict(ssd=ssd, step=step, decode=decode, errors=gpu.errors, gpu=gpu.page)
     print(parts[args.what](SMALL if args.rehearse else FULL))
 
 

@@ -13,17 +13,14 @@
 All language models get the same steps of the same clips. They are train.py's toy preset without its
 metronome, which the paper's models do not have. Runs are folders in out/study, with one thread each
 and as many at once as there are cores. A stopped study continues with the same command. Tables and
-figures are written to results/study, and all of them to its README.md.
-
-Brackets after a loss are the least and the greatest of the seeds; others are 95% intervals.
+figures are written to results/study, with a README.md that has all of them. Brackets after a loss
+are the least and the greatest of the seeds; others are 95% intervals.
 """
 
-import json
 import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,12 +28,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import evaluate
 from audio import SAMPLE_RATE, read_audio, write_text
 from checkpoint import load_checkpoint, load_text_encoder, read_config
 from codec import load_codec
-from data import Clips
+from data import Clips, read_jsonl
 from diffusion import load_refiner, refine
 from evaluate import Cell, mean
 from options import check_value, entry, new_parser
@@ -84,13 +82,12 @@ class Study:
     def run(self):
         train_all(self.jobs())
         self.losses()
-        self.race()
-        self.hear_all()
+        self.hear()
         self.refiners()
         self.minute()
         self.write()
 
-    # --------------------------------------------------------------------------- the runs ----
+    # ----------------------------------------------------------------------------- the runs ----
 
     def folder(self, label, seed=0):
         return self.out / f"{label.replace(', ', '-').replace(' ', '-')}-{seed}"
@@ -99,79 +96,66 @@ class Study:
         """The checkpoint that is heard: of seed 0"""
         return self.folder(label) / "best"
 
+    def seeds_of(self, label):
+        """Nine codebooks have one seed: they are slow, and their loss compares with no other."""
+        return range(1 if label in (NINE, *REFINERS) else self.seeds)
+
     def jobs(self):
-        """{folder: options of train.py}, one seed of all runs before the next. Nine codebooks have
-        one seed: they are slow, and their loss compares with no other."""
+        """{folder: options of train.py}, one seed of all runs before the next"""
+        lms = f"--clock music --keep-every {self.early} --steps {self.steps} "
+        lms += f"--valid-every {self.every}"
+        refiners = f"--steps {self.refiner_steps} --valid-every {self.refiner_steps // 5}"
         jobs = {}
         for seed in range(self.seeds):
-            for label, options in LMS.items():
-                if seed == 0 or label != NINE:
-                    options += f" --clock music --seed {seed} --keep-every {self.early}"
-                    options += f" --steps {self.steps} --valid-every {self.every}"
-                    jobs[self.folder(label, seed)] = options
-        for label, options in REFINERS.items():
-            options += f" --steps {self.refiner_steps} --valid-every {self.refiner_steps // 5}"
-            jobs[self.folder(label)] = options
-        return {k: [*options.split(), "--data", self.data] for k, options in jobs.items()}
+            for label, options in (LMS | REFINERS).items():
+                if seed in self.seeds_of(label):
+                    options += f" {refiners if label in REFINERS else lms} --seed {seed}"
+                    jobs[self.folder(label, seed)] = [*options.split(), "--data", self.data]
+        return jobs
 
     def logs(self, label):
         """What each seed's run logged of its steps and of its validations: [(rows, rows)]"""
         found = []
-        for seed in range(1 if label in (NINE, *REFINERS) else self.seeds):
-            lines = (self.folder(label, seed) / "log.jsonl").read_text().splitlines()
-            rows = [json.loads(line) for line in lines]
+        for seed in self.seeds_of(label):
+            rows = read_jsonl(self.folder(label, seed) / "log.jsonl")
             found.append(([r for r in rows if "loss" in r], [r for r in rows if "right" in r]))
         return found
 
-    def curve(self, label):
-        """What had been spent at each validation {axis: (V,)}, and the losses (seeds, V)."""
-        logs = self.logs(label)
-        at = np.array([row["step"] for row in logs[0][1]]) - 1
-        total = lambda steps, key: np.cumsum([row[key] for row in steps], dtype=float)[at]
-        tokens = total(logs[0][0], "tokens")
-        spent = {
-            "tokens": tokens,
-            "FLOPs": 6 * size(load_checkpoint(self.best(label))) * tokens,
-            "minutes of one core": np.mean([total(steps, "seconds") for steps, _ in logs], 0) / 60,
-        }
-        return spent, np.array([[row["right"] for row in valid] for _, valid in logs])
-
-    # ------------------------------------------------------------------------- RQ1 and RQ3 ----
+    # -------------------------------------------------------------------------- RQ1 and RQ3 ----
 
     def losses(self):
-        table = {}
-        figure = Figure(figsize=(15, 4.2), layout="constrained")
-        axes = figure.subplots(1, 3, sharey=True)
+        """What each language model had cost at each validation, and what it had learned."""
+        curves, parameters, table = {}, {}, {}
         for label in LMS:
-            spent, losses = self.curve(label)
-            last = [valid[-1] for _, valid in self.logs(label)]
+            logs = self.logs(label)
+            at = np.array([row["step"] for row in logs[0][1]]) - 1
+            tokens, seconds = (
+                np.mean([np.cumsum([row[key] for row in steps])[at] for steps, _ in logs], 0)
+                for key in ("tokens", "seconds")
+            )
+            parameters = size(load_checkpoint(self.best(label)))
+            spent = {"tokens": tokens, "FLOPs": 6 * parameters * tokens}
+            spent["minutes of one core"] = seconds / 60
+            losses = np.array([[row["right"] for row in valid] for _, valid in logs])
+            curves[label] = spent, losses  # (V,) each, (seeds, V)
+            last = [valid[-1] for _, valid in logs]
             table[label] = {
-                "parameters, M": Cell(size(load_checkpoint(self.best(label))) / 1e6),
-                "minutes": Cell(spent["minutes of one core"][-1]),
+                "parameters, M": Cell(parameters / 1e6),
+                "minutes": Cell(seconds[-1] / 60),
                 "loss, whole clips": over_seeds(losses[:, -1]),
                 "loss, first second": over_seeds([row["right_1s"] for row in last]),
                 "... with another's caption": over_seeds([row["shuffled_1s"] for row in last]),
             }
-            for axis, (name, x) in zip(axes, spent.items() if label in VARIANTS else ()):
-                axis.plot(x, losses.mean(0), "o-", label=label)
-                axis.fill_between(x, losses.min(0), losses.max(0), alpha=0.15)
-                axis.set(xlabel=name)
-        axes[0].set(ylabel="validation loss, nats per token")
-        axes[0].legend()
-        self.results.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.results / "losses.png", dpi=80)
-        self.sections.append("![Validation loss against the cost of training](losses.png)\n")
+        self.draw(curves)
         self.table("losses", "The language models", table, (
             f"Nats per token of held-out clips, after {self.steps} steps; minutes of one core. With"
             " nine codebooks the loss is the mean over all nine, and compares with no other."
         ))  # fmt: skip
 
-    def race(self):
-        """What share of the Transformer's budget do the others need to reach its last loss?"""
-        theirs, losses = self.curve("transformer")
+        theirs, losses = curves["transformer"]
         goal, table = losses[:, -1].mean(), {}
         for label in VARIANTS[:-1]:
-            spent, mine = self.curve(label)
+            spent, mine = curves[label]
             table[label] = {
                 axis: over_seeds([reached(spent[axis], run, goal) / end[-1] for run in mine])
                 for axis, end in theirs.items()
@@ -181,35 +165,49 @@ class Study:
             " reached, interpolated between validations; inf: never."
         ))  # fmt: skip
 
-    # ------------------------------------------------------------------------ what is heard ----
+    def draw(self, curves):
+        figure = Figure(figsize=(15, 4.2), layout="constrained")
+        axes = figure.subplots(1, 3, sharey=True)
+        for label in VARIANTS:
+            spent, losses = curves[label]
+            for axis, (name, x) in zip(axes, spent.items()):
+                axis.plot(x, losses.mean(0), "o-", label=label)
+                axis.fill_between(x, losses.min(0), losses.max(0), alpha=0.15)
+                axis.set(xlabel=name)
+        axes[0].set(ylabel="validation loss, nats per token")
+        axes[0].legend()
+        self.results.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.results / "losses.png", dpi=80)
+        self.sections.append("![Validation loss against the cost of training](losses.png)\n")
 
-    def hear(self, name, title, systems, about, seconds=10.0):
-        """A table of what the judge hears in {label: system}."""
-        task = replace(self.task, seconds=seconds)
-        measured = evaluate.measure(systems.values(), self.judge, task)
-        table = {row: cells for row, cells in measured.items() if row not in systems.values()}
-        table |= {label: measured[system] for label, system in systems.items()}
-        self.table(name, title, table, f"{len(self.captions)} sentences. {about}")
+    # ------------------------------------------------------------------------- what is heard ----
 
-    def hear_all(self):
+    def hear(self):
+        """Tables of what the judge hears in systems."""
         refined = lambda folder, refiner=SHIPPED_REFINER: f"{folder}+{refiner}"
         early = f"step-{self.early}"
         models = {f"{v}, {early}": refined(self.folder(v) / early) for v in VARIANTS}
         models |= {label: refined(self.best(label)) for label in LMS}
         models[NINE] = str(self.best(NINE))
         models["simba, new refiner"] = refined(self.best("simba"), self.best("refiner, SSD"))
-        self.hear("judge", "What the judge hears", models, (
-            "10 s, seed 0, guidance 3, temperature 1.2, top 250. The refiner is the one that ships;"
-            f" the new one had {self.refiner_steps} steps."
-        ))  # fmt: skip
-        stages = {k: models[k] for k in ("simba", "simba, new refiner", "transformer", NINE)}
-        about = "Training, the reference and the judge's windows are of 10 s."
-        self.hear("longer", "One stage or two, 25 s", stages, about, seconds=25.0)
-        stages = {label: refined(SHIPPED, self.best(label)) for label in REFINERS}
-        about = "10 s, after the language model that ships."
-        self.hear("refined", "Refiners after a language model", stages, about)
+        longer = {k: models[k] for k in ("simba", "simba, new refiner", "transformer", NINE)}
+        refiners = {label: refined(SHIPPED, self.best(label)) for label in REFINERS}
         codebooks = {f"{k} codebooks": f"codec-{k}" for k in range(1, 10)}
-        self.hear("codebooks", "How many codebooks?", codebooks, "Real clips through the codec.")
+        for name, title, systems, seconds, about in (
+            ("judge", "What the judge hears", models, 10.0,
+             "10 s, seed 0, guidance 3, temperature 1.2, top 250. The refiner is that which ships;"
+             f" the new one had {self.refiner_steps} steps."),
+            ("longer", "One stage or two, 25 s", longer, 25.0,
+             "Training, the reference and the judge's windows are of 10 s."),
+            ("refined", "Refiners after a language model", refiners, 10.0,
+             "10 s, after the language model that ships."),
+            ("codebooks", "How many codebooks?", codebooks, 10.0, "Real clips through the codec."),
+        ):  # fmt: skip
+            task = replace(self.task, seconds=seconds)
+            measured = evaluate.measure(systems.values(), self.judge, task)
+            table = {row: cells for row, cells in measured.items() if row not in systems.values()}
+            table |= {label: measured[system] for label, system in systems.items()}
+            self.table(name, title, table, f"{len(self.captions)} sentences. {about}")
 
     def refiners(self):
         """Refiners by themselves: from the true first codebooks of held-out clips."""
@@ -271,35 +269,26 @@ class Study:
 def train_all(jobs):
     """Trains {folder: options} with one thread each, as many at once as there are cores. Finished
     runs are left alone, stopped ones are resumed. Their output is in FOLDER/train.log."""
-    child = [sys.executable, "-c", "from experiments.study import train_one; train_one()"]
+    # train.py without the samples at its end
+    program = "import sample, train; sample.main = lambda argv: None; train.entry(train.main)"
     environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
 
-    def train(folder, options):
-        argv = ["--out", str(folder), *options]
+    def train(job):
+        folder, options = job
         if (folder / "last" / "config.json").exists():
             if read_config(folder / "last")["step"] == int(options[options.index("--steps") + 1]):
                 return
             argv = ["--resume", str(folder)]
+        else:
+            argv = ["--out", str(folder), *options]
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "train.log", "a") as log:
-            if subprocess.run([*child, *argv], stdout=log, stderr=log, env=environment).returncode:
+            command = [sys.executable, "-c", program, *argv]
+            if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
                 raise ValueError(f"a run failed; its output is in {folder}/train.log")
 
-    with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
-        done = pool.map(train, jobs.keys(), jobs.values())
-        for _ in tqdm(done, "training", len(jobs), unit="run", disable=None):
-            pass
-
-
-def train_one():
-    """A run of train.py without the samples at its end."""
-    import train
-
-    def run():
-        model, config, folder, _ = train.parse_arguments(sys.argv[1:])
-        train.train(model, config, folder, train.join_processes(config.device))
-
-    entry(run)
+    at_once = 1 if torch.cuda.is_available() else os.cpu_count()
+    thread_map(train, jobs.items(), max_workers=at_once, desc="training", disable=None)
 
 
 def closeness(codec, true, codes):

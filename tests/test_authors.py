@@ -245,7 +245,11 @@ def test_a_broken_file_gets_one_sentence_and_runs_nothing(content, sentence, tmp
 @pytest.mark.parametrize(
     "name, value, sentence",
     [
-        ("backbone.1.ff.norm.weight", None, 'Missing key(s) in state_dict: "blocks.1.norms.1.weight"'),
+        (
+            "backbone.1.ff.norm.weight",
+            None,
+            'Missing key(s) in state_dict: "blocks.1.norms.1.weight"',
+        ),
         ("gate", torch.ones(1), 'Unexpected key(s) in state_dict: "gate"'),
         ("backbone.0.mamba.mamba.norm.weight", torch.ones(0), "impossible shapes"),
         ("backbone.0.mamba.mamba.norm.weight", torch.ones(()), "impossible shapes"),

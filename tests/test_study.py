@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import evaluate
+import sample
+import train
 from checkpoint import read_config
 from codec import load_codec
 from data import Clips, Writer
@@ -31,27 +34,32 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "RESULTS", tmp_path / "results")
     made = study.Study(quick=True, seeds=2)
     made.out = tmp_path
-    made.steps, made.every, made.early = 10, 2, 4
+    made.steps, made.every, made.early = 6, 2, 4
     return made
 
 
-def test_a_study_trains_continues_and_writes_what_came_out(small, tmp_path):
-    study.train_all(small.jobs())
+def test_a_study_trains_continues_and_writes_what_came_out(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as here:  # in this process, one by one: a child needs 5 s to start
+        here.setattr(sample, "main", lambda argv: None)
+        here.setattr(signal, "signal", lambda *_: None)
+        here.setattr(study.os, "cpu_count", lambda: 1)
+        run = lambda command, **_: SimpleNamespace(returncode=train.main(command[3:]))
+        here.setattr(study.subprocess, "run", run)
+        study.train_all(small.jobs())
     runs = [tmp_path / f"{variant}-{seed}" for variant in study.VARIANTS for seed in (0, 1)]
-    assert [read_config(run / "last")["step"] for run in runs] == [10] * 4
+    assert [read_config(run / "last")["step"] for run in runs] == [6] * 4
     nine = "simba-9-codebooks"
     assert [run.name for run in tmp_path.glob(f"{nine}-*")] == [f"{nine}-0"], "one seed, not two"
     assert all((run / "step-4").exists() and not [*run.glob("*.wav")] for run in runs)
     whole = (runs[0] / "log.jsonl").read_text()
     stamp = (runs[1] / "log.jsonl").stat().st_mtime_ns
     shutil.rmtree(runs[0])
-    study.train_all(small.jobs())  # makes again what is missing, and nothing else
+    study.train_all(small.jobs())  # makes again what is missing, in a child, and nothing else
     losses = lambda text: [json.loads(line).get("loss") for line in text.splitlines()]
     assert losses((runs[0] / "log.jsonl").read_text()) == losses(whole)
     assert (runs[1] / "log.jsonl").stat().st_mtime_ns == stamp
 
     small.losses()
-    small.race()
     small.write()
     page = (small.results / "README.md").read_text()
     assert "| simba |" in page and "![" in page and "cores" in page and "commit" in page
@@ -94,7 +102,7 @@ def test_systems_are_heard_under_their_labels(small, monkeypatch):
     monkeypatch.setattr(evaluate, "measure", measure)
     monkeypatch.setattr(evaluate, "report", report)
     monkeypatch.setattr(study, "REFINERS", {"refiner, SSD": ""})
-    small.hear_all()
+    small.hear()
     judged, longer, refined, codebooks = asked
     assert longer[1] == 25.0 and {judged[1], refined[1], codebooks[1]} == {10.0}
     simba = f"{small.out}/simba-0/best"
