@@ -65,6 +65,9 @@ class Sampling:
         check(self)
 
 
+KEPT = 0.3  # of the trained length: what a model hears of its own music when it reads again
+
+
 def guided(logits, guidance):
     """Classifier-free guidance (SSMTTM IV-A). logits (2 B, ...), the first half with the prompt,
     the second with the negative or empty one -> (B, ...)."""
@@ -100,8 +103,8 @@ def generate(
     the end of it. ValueError if the model's output is not finite.
 
     A model whose text is a prefix forgets it beyond the length of its training clips. So whenever
-    it reaches that length, it reads the text again, and the last `kept` frames of the music (half
-    of that length; 0: it never does). Memory does not grow with `frames`, except for a model with
+    it reaches that length, it reads the text again, and the last `kept` frames of the music [KEPT
+    of that length; 0: it never does]. Memory does not grow with `frames`, except for a model with
     self-attention.
     """
     K = len(lm.heads)
@@ -118,7 +121,7 @@ def generate(
         both_halves = lambda v: torch.cat([v, v])
     trained = lm.config.trained_frames
     if kept is None:
-        kept = trained // 2 if lm.config.prefix else 0
+        kept = round(KEPT * trained) if lm.config.prefix else 0
     steps = frames + K - 1
     # The next K - 1 columns are known in part: fine codes of the music so far, one frame behind
     # each other in the delay pattern.
@@ -330,7 +333,7 @@ def follow(system, wish, kept=None):
             yield made
 
     turn = round((TURN if kept is None else kept) * FRAME_RATE)
-    longest = system.lm.config.trained_frames // 2
+    longest = system.lm.config.trained_frames
     known = 64
     return decode_stream(system.codec, units(), 43)
 

@@ -14,7 +14,6 @@ Writes results/words.md, .csv and .png. Held-out prompts; all measures are of th
   repeated   the longest run of tokens that was there before; beside it, pieces of the composer
 """
 
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -150,9 +149,9 @@ def main(argv=None):
             )
             table[f"{name}: last 10 s"]["repeated"] = longest
             if system.lm.config.prefix and kept is None:
-                half = system.lm.config.trained_frames // 2
+                kept = round(sample.KEPT * system.lm.config.trained_frames)
                 for where, cells in zip(
-                    ("readings", "elsewhere"), seams(system, codes, prompts, half)
+                    ("readings", "elsewhere"), seams(system, codes, prompts, kept)
                 ):
                     table[f"{name}: {where}"] = cells
     real = corpus.play_clips(range(0, 8 * corpus.VALID, corpus.VALID), seconds=args.seconds)

@@ -231,10 +231,10 @@ def test_long_music_reads_its_text_again(variant, codebooks):
     uniform = [torch.Generator().manual_seed(seed) for seed in seeds]
     length = given  # frames since the last reading
     if variant == "simba":
-        length = min(given, 8)
+        length = min(given, 5)
     for s in range(frames + codebooks - 1):
         if variant == "simba" and length == 16:
-            length = 8
+            length = 5
         past = given + s - length
         recent = sample.undelay(columns[:, :, columns.shape[2] - length :])
         recent = lm.delay(recent)[:, :, : length + 1].repeat(2, 1, 1)
