@@ -5,7 +5,7 @@ B batch · S samples · T frames, T = ceil(S / 512) · D bands · F = 1025 bins
 
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -85,16 +85,6 @@ def mel_spectrogram(audio, n_mels=128):
     return 10 * power.clamp(min=1e-10).log10().transpose(1, 2)
 
 
-def mel_distance(reference, audio):
-    """Mean absolute difference in dB of the mel spectrograms of two batches (B, S), cut to the
-    shorter one; both are clamped at 80 dB below the maximum of the *reference* clip, so a wrong
-    loudness counts, and what is inaudible beside the music does not."""
-    length = min(reference.shape[-1], audio.shape[-1])
-    a, b = (mel_spectrogram(x[..., :length]) for x in (reference, audio))
-    floor = a.amax((1, 2), keepdim=True) - 80
-    return float((a.maximum(floor) - b.maximum(floor)).abs().mean())
-
-
 class Picture:
     """A mel-spectrogram of a stream of audio: below 3,000 columns, whatever its length."""
 
@@ -103,42 +93,35 @@ class Picture:
         # One table from the start: many small tensors would fragment the memory.
         self.mel = torch.zeros(128, 2 + samples // HOP // self.pool, dtype=torch.half)
         self.columns = 0
-        self.rest = torch.zeros(0)
 
     def watch(self, chunks):
+        """Yields the chunks (samples,) as they are."""
+        rest = torch.zeros(0)
         for chunk in chunks:
-            self._add(torch.cat([self.rest, chunk]))
+            rest = torch.cat([rest, chunk])
+            whole = len(rest) // (HOP * self.pool) * HOP * self.pool
+            if whole >= N_FFT:
+                mel = mel_spectrogram(rest[None, :whole])[0]  # (128, whole / 512)
+                columns = mel.unflatten(1, (-1, self.pool)).mean(2)
+                self.mel[:, self.columns : self.columns + columns.shape[1]] = columns
+                self.columns += columns.shape[1]
+                rest = rest[whole:]
             yield chunk
 
-    def _add(self, audio):
-        step = HOP * self.pool
-        whole = len(audio) // step * step
-        if whole >= N_FFT:
-            mel = mel_spectrogram(audio[None, :whole])[0]  # (128, whole / 512)
-            columns = mel.unflatten(1, (-1, self.pool)).mean(2)
-            self.mel[:, self.columns : self.columns + columns.shape[1]] = columns
-            self.columns += columns.shape[1]
-            audio = audio[whole:]
-        self.rest = audio
-
     def save(self, path, title, sample_rate):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
 
         mel = self.mel[:, : max(1, self.columns)].float().numpy()
         seconds = mel.shape[1] * self.pool * HOP / sample_rate
-        figure, axis = plt.subplots(figsize=(10, 3.5))
+        figure = Figure(figsize=(10, 3.5), layout="tight")
+        axis = figure.subplots()
         image = axis.imshow(
             mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(mel)),
             vmin=mel.max() - 80,
         )  # fmt: skip
         axis.set(title=title.replace("$", r"\$"), xlabel="seconds", ylabel="mel band")
         figure.colorbar(image, label="dB")
-        figure.tight_layout()
         figure.savefig(path, dpi=110)
-        plt.close(figure)
 
 
 # ----------------------------------------------------------------------- audio of any length ----
@@ -191,15 +174,6 @@ def audio_blocks(path):
     """Yields the same audio in pieces (s,) of a few seconds, so that a file of hours needs no more
     memory than one of seconds. A file counts for what can be read of it, not for the length that
     its header announces."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with open(path, "rb") as file:
-            if not file.read(1):
-                raise ValueError(f"{path} is an empty file")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     samples = 0
     for block in _decoded(path):
         if not np.isfinite(block).all():
@@ -215,7 +189,7 @@ def _decoded(path):
     import soxr
 
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise ValueError(f"{path} holds no audio")
             stream = container.streams.audio[0]
@@ -224,33 +198,23 @@ def _decoded(path):
             to_float = av.AudioResampler(format="fltp")
             to_rate = soxr.ResampleStream(stream.rate, SAMPLE_RATE, 1, dtype="float32")
             mono = []
-            for frame in _frames(container, stream):
-                mono += [f.to_ndarray().mean(0) for f in to_float.resample(frame)]  # (s,)
+            for packet in container.demux(stream):
+                with suppress(av.FFmpegError):  # what is damaged or cut off is left out
+                    for frame in packet.decode():
+                        mono += [f.to_ndarray().mean(0) for f in to_float.resample(frame)]  # (s,)
                 if sum(map(len, mono)) > 1 << 18:
                     yield to_rate.resample_chunk(np.concatenate(mono))
                     mono = []
             yield to_rate.resample_chunk(np.concatenate([*mono, np.empty(0, "f4")]), last=True)
-    except av.error.FFmpegError as error:
+    except av.FFmpegError as error:
         raise ValueError(f"{path} is not readable audio: {error.strerror}") from None
-
-
-def _frames(container, stream):
-    """The frames that can be decoded: what is damaged or cut off is left out."""
-    from av.error import FFmpegError
-
-    for packet in container.demux(stream):
-        try:
-            yield from packet.decode()
-        except FFmpegError:
-            continue
 
 
 def write_audio(path, audio):
     """audio (S,) or (1, S) -> a mono .wav, .flac or .ogg file, which appears when complete."""
     audio = np.clip(np.asarray(audio, dtype=np.float32).reshape(-1), -1, 1)
-    seconds = range(0, len(audio), SAMPLE_RATE)  # one large write fails in Vorbis
-    chunks = (audio[start : start + SAMPLE_RATE] for start in seconds)
-    write_stream(path, chunks, len(audio))
+    seconds = np.split(audio, range(SAMPLE_RATE, len(audio), SAMPLE_RATE))
+    write_stream(path, seconds, len(audio))  # one large write fails in Vorbis
 
 
 def write_stream(path, chunks, samples=0):
@@ -259,20 +223,16 @@ def write_stream(path, chunks, samples=0):
     import soundfile
 
     path = Path(path)
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
+    if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
-    if kind == "WAV" and 2 * samples > 4_000_000_000:
-        kind = "RF64"
+    form = dict(format=FORMATS[path.suffix.lower()])
+    if form["format"] == "WAV" and 2 * samples > 4_000_000_000:
+        form = dict(format="RF64", subtype="PCM_16")
     try:
-        with (
-            under_another_name(path) as part,
-            soundfile.SoundFile(
-                part, "w", SAMPLE_RATE, 1, "PCM_16" if kind == "RF64" else None, format=kind
-            ) as file,
-        ):
-            for chunk in chunks:
-                file.write(np.asarray(chunk))
+        with replacing(path) as part:
+            with soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, **form) as file:
+                for chunk in chunks:
+                    file.write(np.asarray(chunk))
     except soundfile.LibsndfileError as error:
         raise OSError(f"{path} could not be written: {error.error_string}") from None
 
@@ -301,8 +261,8 @@ def lock_folder(folder):
 
 
 @contextmanager
-def under_another_name(path):
-    """A temporary name next to `path` to write to. It takes the place of `path` at the end if all
+def replacing(path):
+    """A temporary file name next to `path`. What is written there replaces `path` at the end if all
     went well, and is removed if not; two processes that write the same file do not interfere."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -314,5 +274,5 @@ def under_another_name(path):
 
 def write_text(path, text):
     """Writes UTF-8 text to a file that appears when complete."""
-    with under_another_name(Path(path)) as part:
+    with replacing(Path(path)) as part:
         part.write_text(text, encoding="utf-8")

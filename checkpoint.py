@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from audio import under_another_name, write_text
+from audio import replacing, write_text
 from model import LMConfig, MusicLM
 from text import TextEncoder
 
@@ -51,7 +51,7 @@ def write_tensors(file, tensors, metadata=None, dtype=None):
 
     tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in tensors.items()}
     try:
-        with under_another_name(Path(file)) as part:
+        with replacing(Path(file)) as part:
             save_file(tensors, part, metadata)
     except SafetensorError as error:
         raise OSError(f"{file} could not be written: {error}") from None

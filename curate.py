@@ -1,7 +1,7 @@
 """From audio files to a data folder (data.py): what `python data.py folder` and the others run.
 
 A track becomes clips, each clip codes and a caption, all of them one folder. A file that cannot be
-used is left out, with the reason, and the others go on.
+used is left out, with the reason, and does not stop the others.
 """
 
 import functools
@@ -10,18 +10,15 @@ import itertools
 import json
 import multiprocessing as mp
 import os
-import re
 import shutil
 import signal
 import sys
 import threading
-import time
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,119 +31,14 @@ from audio import (
     Picture,
     audio_blocks,
     lock_folder,
-    under_another_name,
-    write_audio,
+    replacing,
+    write_stream,
     write_text,
 )
 from codec import load_codec
 from data import Clips, Writer, read_jsonl
-from options import add_arguments, check, check_value, flag, new_parser, option
-
-# ---------------------------------------------------------- where music and captions come from ----
-
-AUDIO = """.wav .flac .ogg .oga .opus .spx .mp3 .mp2 .mpc .m4a .m4b .mp4 .aac .mka .wma .ape .wv
-.tta .aiff .aif .aifc .au .caf .w64""".split()
-NO_CAPTION = "has no caption: add a .txt file of the same name, a --captions table or a --captioner"
-VOCAL = "has a caption that mentions vocals"
-
-
-class Skip(Exception):
-    """Why a file or a clip is left out."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What becomes of a track."""
-
-    codec: str = option("toy", "toy (ships with this code) or dac (the paper's)", ["toy", "dac"])
-    seconds: float = option(30.0, "length of a clip", "[1, inf)")
-    valid: float = option(0.1, "share kept for validation, if the source has no splits", "[0, 1)")
-    captions: str = option("", "table with columns path and caption, or a name on the hub")
-    captioner: str = option("none", "for clips without a caption: seungheondoh/lp-music-caps")
-    rephraser: str = option("none", "chat model of the hub that sums up the captioner's sentences")
-    keep_vocals: bool = option(True, "leave vocals in; otherwise HTDemucs removes them")
-    keep_vocal_captions: bool = option(True, "keep clips whose captions mention vocals")
-    keep_silence: bool = option(False, "keep clips that are mostly silent")
-    one_clip: bool = option(False, "one random clip a track instead of all")
-    licence: str = option("unknown", "of the music, if the source does not say")
-    seed: int = option(0, "of --one-clip and --choose", "[0, 4294967296)")
-
-    def __post_init__(self):
-        check(self)
-
-
-def audio_files(root):
-    """Audio files below `root`, sorted: [(path, why it cannot be used or "")]. Follows links to
-    folders, but enters each folder once."""
-    if not os.path.isdir(root):
-        raise ValueError(f"{root} is not a folder")
-    seen, found = {os.path.realpath(root)}, []
-    failed = lambda error: found.append((error.filename, f"cannot be read: {error.strerror}"))
-    for folder, names, files in os.walk(root, followlinks=True, onerror=failed):
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(names)}
-        names[:] = [n for n in real if real[n] not in seen and not seen.add(real[n])]
-        for path in (os.path.join(folder, name) for name in files):
-            if os.path.splitext(path)[1].lower() in AUDIO:
-                usable = os.path.isfile(path)
-                found.append((path, "" if usable else "is a broken or circular link, or no file"))
-    return sorted(found, key=lambda item: os.fsencode(item[0]))
-
-
-def folder_tracks(music, options):
-    """Your own music: audio with captions in .txt files of the same names, or in a table."""
-    table = {}
-    if options.captions:
-        from paper.captions import read_table
-
-        table = read_table(options.captions)
-    tracks = []
-    for path, problem in audio_files(music):
-        name = Path(os.path.relpath(path, music)).as_posix()
-        names = (name, path, os.path.basename(path), Path(path).stem)
-        caption = find_caption(path, names, table)
-        tracks.append(new_track(path, name, caption, options, problem, source="folder"))
-    if not tracks:
-        raise ValueError(f"no audio below {music}: expected files such as song.wav with song.txt")
-    return tracks
-
-
-def find_caption(path, names, table):
-    """A track's caption, and where it comes from: a table, which knows the track by one of `names`,
-    or a .txt file of the same name. Both are empty if there is none."""
-    for name in names:
-        if name in table:
-            return table[name], "table"
-    try:
-        text = Path(path).with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
-    except OSError:
-        return "", ""
-    return text.strip(), "sidecar"
-
-
-def new_track(path, name, caption, options, skip="", **about):
-    """A track is a dict of what the manifest will say about it; "skip" says why it is left out.
-    caption: the text, and where it comes from."""
-    size = os.path.getsize(path) if os.path.isfile(path) else 0
-    track = dict(path=str(path), track=name, licence=options.licence, bytes=size) | about
-    text, origin = caption
-    if text:
-        track |= dict(caption=text, caption_from=origin)
-    if "\N{REPLACEMENT CHARACTER}" in text:
-        skip = skip or "has a caption that is not UTF-8 text"
-    elif not text and options.captioner == "none":
-        skip = skip or NO_CAPTION
-    elif is_vocal(text, options):
-        skip = skip or VOCAL
-    return track | (dict(skip=skip) if skip else {})
-
-
-def is_vocal(caption, options):
-    if options.keep_vocal_captions:
-        return False
-    from paper.captions import mentions_vocals
-
-    return mentions_vocals(caption)
-
+from options import add_arguments, check_value, flag, new_parser
+from tracks import NO_CAPTION, VOCAL, Options, folder_tracks, is_vocal
 
 # --------------------------------------------------------------------- from a track to clips ----
 
@@ -155,15 +47,18 @@ def is_vocal(caption, options):
 def load_models(options):
     """-> codec, separator, captioner; the last two are None unless asked for."""
     torch.set_num_threads(1)  # sums in another order can change a code
-    codec, separate, describe = load_codec(options.codec), None, None
+    codec = load_codec(options.codec)
+    separate = describe = None
     if options.codec != "toy" and torch.cuda.is_available():
         codec.to("cuda")
-    if not options.keep_vocals or options.captioner != "none":
-        from paper import captions
+    if not options.keep_vocals:
+        from paper.captions import Separator
 
-        separate = None if options.keep_vocals else captions.Separator()
-        if options.captioner != "none":
-            describe = captions.Describer(options.captioner, options.rephraser)
+        separate = Separator()
+    if options.captioner != "none":
+        from paper.captions import Describer
+
+        describe = Describer(options.captioner, options.rephraser)
     return codec, separate, describe
 
 
@@ -192,31 +87,31 @@ def random_clips(path, length, seed):
         yield next(itertools.islice(clips_of(path, length), int(i), None))
 
 
-def is_silent(audio, options):
-    """Whether to leave out audio (1, S) because more than half of it is silent: tenths of a second
-    with a level (RMS) more than 60 dB below full scale."""
+def is_silent(audio):
+    """Whether more than half of audio (1, S) is silent: tenths of a second with a level (RMS) more
+    than 60 dB below full scale."""
     tenths = audio[0, : audio.shape[1] // 4410 * 4410].view(-1, 4410)
-    silent = tenths.square().mean(1).sqrt() < 1e-3
-    return bool(silent.float().mean() > 0.5) and not options.keep_silence
+    return (tenths.square().mean(1).sqrt() < 1e-3).float().mean() > 0.5
 
 
 @torch.inference_mode()
 def make_clip(audio, track, options):
-    """audio (1, S) -> codes (K, T) uint16, and manifest entries that only listening gives."""
+    """audio (1, S) -> codes (K, T) uint16, and its caption if the track has none. Of a clip that is
+    left out: None, and the reason."""
     codec, separate, describe = load_models(options)
-    if is_silent(audio, options):
-        raise Skip("is silent for more than half of its length")
+    if not options.keep_silence and is_silent(audio):
+        return None, dict(reason="is silent for more than half of its length")
     if separate:
         audio = separate(audio)
-        if is_silent(audio, options):
-            raise Skip("is silent without its vocals")
-    heard = {}
+        if not options.keep_silence and is_silent(audio):
+            return None, dict(reason="is silent without its vocals")
+    about = {}
     if "caption" not in track:
-        heard["caption"], heard["caption_from"] = describe(audio)
-        if not heard["caption"] or is_vocal(heard["caption"], options):
-            raise Skip(VOCAL if heard["caption"] else NO_CAPTION)
+        about["caption"], about["caption_from"] = describe(audio)
+        if not about["caption"] or is_vocal(about["caption"], options):
+            return None, dict(reason=VOCAL if about["caption"] else NO_CAPTION)
     device = next(codec.parameters(), audio).device
-    return codec.encode(audio.to(device))[0].cpu().numpy().astype(np.uint16), heard
+    return codec.encode(audio.to(device))[0].cpu().numpy().astype(np.uint16), about
 
 
 def make_track(track, file, options):
@@ -230,14 +125,13 @@ def make_track(track, file, options):
     codes, clips, skipped = [], [], []
     try:
         for start, audio in pieces:
-            start /= SAMPLE_RATE
-            try:
-                clip, heard = make_clip(audio, track, options)
-            except Skip as reason:
-                skipped.append(dict(start=start, reason=str(reason)))
+            clip, about = make_clip(audio, track, options)
+            about = dict(start=start / SAMPLE_RATE) | about
+            if clip is None:
+                skipped.append(about)
                 continue
             codes.append(clip)
-            clips.append(dict(start=start) | heard)
+            clips.append(about)
             if options.one_clip:
                 break
     except ValueError as error:  # the file is damaged somewhere: none of it is trusted
@@ -245,9 +139,9 @@ def make_track(track, file, options):
         skipped = [dict(reason=str(error).removeprefix(track["path"]).lstrip(": "))]
     if not clips:
         skipped = [dict(reason="; ".join(sorted({clip["reason"] for clip in skipped})))]
-    about = json.dumps(dict(clips=clips, skipped=skipped)).encode()
-    with under_another_name(file) as temporary, open(temporary, "wb") as part:
-        np.savez(part, *codes, about=np.array(about))  # its arrays are arr_0, arr_1, ...
+    about = json.dumps(dict(clips=clips, skipped=skipped))
+    with replacing(file) as temporary, open(temporary, "wb") as part:
+        np.savez(part, *codes, about=about)  # its arrays are arr_0, arr_1, ...
 
 
 def make_tracks(todo, options, workers):
@@ -256,12 +150,11 @@ def make_tracks(todo, options, workers):
         for track, file in todo:
             yield make_track(track, file, options)
         return
-    workers, spawn = min(workers, len(todo)), mp.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, begin_worker) as pool:
+    with ProcessPoolExecutor(workers, mp.get_context("spawn"), begin_worker) as pool:
         try:
             for job in as_completed([pool.submit(make_track, *pair, options) for pair in todo]):
                 yield job.result()
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise ValueError(
                 "a worker died (out of memory?): repeat the command, maybe with fewer --workers"
             ) from None
@@ -272,45 +165,35 @@ def make_tracks(todo, options, workers):
 
 
 def begin_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    """A worker leaves Ctrl-C to its parent, and ends when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent = lambda: os._exit(mp.parent_process().join() or 1)
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    mp.parent_process().join()
-    os._exit(1)
 
 
 # ------------------------------------------------------------------- from tracks to a folder ----
 
 
 def build(tracks, out, plan, options, workers=1):
-    """Makes the data folder `out`, or what is missing of it. plan: the options that made it. Under
-    torchrun each rank makes a share of the tracks, and rank 0 builds the folder."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Makes the data folder `out`, or what is missing of it. plan: the options that made it."""
     skipped = [dict(path=t["path"], reason=t["skip"]) for t in tracks if "skip" in t]
     usable = [(track, result_file(out, track)) for track in tracks if "skip" not in track]
     if not usable:
         raise ValueError(f"no file can be used: {listed(line['reason'] for line in skipped)}")
     check_plan(out, plan)
     codec = load_codec(options.codec)
-    if rank == 0:
-        check_space(out, usable, codec, options)
-        lock = lock_folder(out)
-    (out / "tracks").mkdir(parents=True, exist_ok=True)
-    write_text(out / "plan.json", json.dumps(plan, indent=1) + "\n")
-    todo = [(track, file) for track, file in usable[rank::ranks] if not file.exists()]
-    if all("caption" in track for track, _ in todo):
-        options = replace(options, captioner="none")  # it would have nothing to do
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds
-    with tqdm(total=len(todo), unit="track", mininterval=every, disable=not todo) as bar:
-        for _ in make_tracks(todo, options, workers):
-            bar.update()
-    if rank == 0:
-        while not all(file.exists() for _, file in usable):
-            time.sleep(0.5)  # for the other ranks
+    check_space(out, usable, codec, options)
+    with lock_folder(out):
+        (out / "tracks").mkdir(exist_ok=True)
+        write_text(out / "plan.json", json.dumps(plan, indent=1) + "\n")
+        todo = [(track, file) for track, file in usable if not file.exists()]
+        if all("caption" in track for track, _ in todo):
+            options = replace(options, captioner="none")  # it would have nothing to do
+        made = make_tracks(todo, options, workers)
+        every = 0.1 if sys.stderr.isatty() else 30  # seconds
+        for _ in tqdm(made, total=len(todo), unit="track", mininterval=every, disable=not todo):
+            pass
         join(out, usable, skipped, codec, options.valid)
-        lock.close()
 
 
 def result_file(out, track):
@@ -321,11 +204,12 @@ def result_file(out, track):
 
 def check_plan(out, plan):
     """ValueError if the folder holds what other options, or another program, made."""
+    file = out / "plan.json"
     if not any(out.glob("tracks/*.npz")) and not (out / "manifest.jsonl").exists():
         return
-    if not (out / "plan.json").exists():
+    if not file.exists():
         raise ValueError(f"{out} holds clips that this command did not make: choose another --out")
-    old = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    old = json.loads(file.read_text(encoding="utf-8"))
     for name, value in plan.items():
         if old.get(name) != value:
             changed = f"{flag(name)} {old.get(name)!r}, not {value!r}"
@@ -341,12 +225,10 @@ def check_space(out, usable, codec, options):
         if file.exists():
             size += file.stat().st_size
             continue
-        known = track.get("seconds")
-        if not known:
-            known = track["bytes"] / 16_000  # MP3 at 128 kbit/s
-            with suppress(av.FFmpegError), av.open(track["path"]) as header:
-                if header.duration:  # microseconds; some headers promise too much
-                    known = min(header.duration / 1e6, track["bytes"] / 1000)
+        known = track.get("seconds", 0)
+        with suppress(av.FFmpegError), av.open("file:" + track["path"]) as header:
+            if not known and header.duration:  # microseconds; some headers promise too much
+                known = min(header.duration / 1e6, track["bytes"] / 1000)
         seconds += min(known, options.seconds) if options.one_clip else known
     size += 2 * 2 * codec.codebooks * seconds * codec.sample_rate / codec.hop  # tracks/, codes-*
     free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
@@ -359,14 +241,13 @@ def check_space(out, usable, codec, options):
 def join(out, usable, skipped, codec, valid):
     """Builds the folder from the tracks' results, in the tracks' order. Everything is written to a
     folder of its own and then moved, the manifest last."""
-    rows, kept = [], set()
+    rows = []
     for track, file in usable:
         with np.load(file) as stored:
             result = json.loads(stored["about"].item())
         rows += [track | clip | dict(codes=(file, i)) for i, clip in enumerate(result["clips"])]
         skipped += [dict(path=track["path"]) | line for line in result["skipped"]]
-        kept |= {file} if result["clips"] else set()
-    for file in set((out / "tracks").iterdir()) - kept:
+    for file in {*(out / "tracks").iterdir()} - {row["codes"][0] for row in rows}:
         file.unlink()  # of other tracks, or without a clip: those are tried again
     if not rows:
         raise ValueError(f"no clip can be used: {listed(line['reason'] for line in skipped)}")
@@ -382,8 +263,7 @@ def join(out, usable, skipped, codec, valid):
             continue
         with np.load(file) as stored:
             writer.add([(stored[f"arr_{i}"], row)])
-    with open(new / "skipped.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in skipped)
+    write_text(new / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in skipped))
     summarise(new)
     for old in [out / "manifest.jsonl", *out.glob("codes-*.bin")]:
         old.unlink(missing_ok=True)
@@ -400,16 +280,19 @@ def share_out(rows, valid):
     free = [row for row in rows if "split" not in row]
     sizes = Counter(row["path"] for row in free)
     by_time = len(sizes) < 10 and len(free) == len(rows) > len(sizes)
-    checksums = [zlib.crc32(os.fsencode(row.get("artist", row["track"]))) for row in free]
-    low, high = min(checksums, default=0), max(checksums, default=0)
-    border = max(low, valid * 2**32)
-    for row, checksum in zip(free, checksums):
-        row["split"] = "valid" if valid and checksum <= border and checksum < high else "train"
-        if by_time and valid:
+    checksum = lambda row: zlib.crc32(os.fsencode(row.get("artist", row["track"])))
+    low, high = (choose(map(checksum, free), default=0) for choose in (min, max))
+    for row in free:
+        if not valid:
+            row["split"] = "train"
+        elif by_time:
             i, size = row["codes"][1], sizes[row["path"]]
             first = size - min(max(1, round(valid * size)), size - 1)
             gap = size >= 10 and i == first - 1
             row["split"] = "valid" if i >= first else "gap" if gap else "train"
+        else:
+            chosen = checksum(row) <= max(low, valid * 2**32) and checksum(row) < high
+            row["split"] = "valid" if chosen else "train"
 
 
 # ----------------------------------------------------------------------- looking at the data ----
@@ -420,13 +303,12 @@ def listed(values):
 
 
 def summarise(folder):
-    """Prints a summary of a folder and writes it there, with histograms."""
+    """Prints a summary of a folder and writes it there."""
     rows, skipped = read_jsonl(folder / "manifest.jsonl"), read_jsonl(folder / "skipped.jsonl")
     rate = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["frame_rate"]
-    seconds = [row["frames"] / rate for row in rows]
     used, unused = {row["path"] for row in rows}, [s for s in skipped if "start" not in s]
     summary = dict(
-        hours=round(sum(seconds) / 3600, 4),
+        hours=round(sum(row["frames"] for row in rows) / rate / 3600, 4),
         clips=len(rows),
         tracks=len(used),
         files_found=len(used) + len(unused),
@@ -441,37 +323,21 @@ def summarise(folder):
         print(f"  {name:15} {listed(value) if isinstance(value, Counter) else value}")
     if {*summary["splits"]} == {"train"}:
         print("train.py also needs clips for validation: try a smaller --seconds, or add music")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.5))
-    words = [len(row["caption"].split()) for row in rows]
-    for axis, values in zip(figure.subplots(1, 2), (seconds, words)):
-        axis.hist(values, bins=30)
-        axis.set(xlabel="seconds" if values is seconds else "words of the caption", ylabel="clips")
-    figure.savefig(folder / "histogram.png", bbox_inches="tight")
 
 
 def show(folder, n, out, seed):
-    """Lists n random clips with their captions, writes what their tokens say, and plots it."""
+    """Writes n random clips, as their tokens sound, and their pictures; prints the manifest."""
     clips = Clips(folder, None, None)
     codec = load_codec(clips.meta["codec"])
     out.mkdir(parents=True, exist_ok=True)
     for number, i in enumerate(np.random.default_rng(seed).permutation(len(clips))[:n]):
-        row = clips.rows[i]
-        codes = torch.from_numpy(clips.codes(i))[None]
         with torch.inference_mode():
-            audio = codec.decode(codec.from_codes(codes))[0]
-        track, caption = row.get("track", "toy"), row.get("caption") or str(row["factors"])
-        name = re.sub(r"[^0-9A-Za-z]+", "-", track).strip("-")[:60]
-        path = out / f"{number}-{name}.wav"
-        times = f"{len(audio) / codec.sample_rate:.1f} s from {row.get('start', 0):.0f} s"
-        about = [times, row["split"], row.get("licence"), row.get("credit")]
-        print(f"{path}: {track!r}, {', '.join(filter(None, about))}\n  {caption!r}")
-        write_audio(path, audio)
+            audio = codec.decode(codec.from_codes(torch.from_numpy(clips.codes(i))[None]))[0]
+        path = out / f"{number}.wav"
         picture = Picture(len(audio))
-        for _ in picture.watch([audio]):
-            pass
-        picture.save(path.with_suffix(".png"), caption[:100], codec.sample_rate)
+        write_stream(path, picture.watch([audio]))
+        picture.save(path.with_suffix(".png"), clips.rows[i].get("track", "toy"), SAMPLE_RATE)
+        print(path, json.dumps(clips.rows[i], ensure_ascii=False))
 
 
 # -------------------------------------------------------------------------- the command line ----
@@ -486,13 +352,11 @@ SOURCES = {  # what differs from the options' defaults
 }  # fmt: skip
 
 
-def parse_arguments(argv):
+def main(argv=None):
     parser = new_parser(data.__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=new_parser)
     folder = commands.add_parser("folder", help="your own music, captions in .txt files or a table")
-    folder.add_argument(
-        "music", type=os.path.normpath, help="folder of audio, searched to any depth"
-    )
+    folder.add_argument("music", type=os.path.normpath, help="audio, searched to any depth")
     jamendo = commands.add_parser("jamendo", help="MTG-Jamendo, the paper's training corpus")
     jamendo.add_argument("metadata", help="a clone of github.com/MTG/mtg-jamendo-dataset")
     jamendo.add_argument("audio", help="folder of raw_30s: 00/7400.mp3 and so on")
@@ -505,16 +369,12 @@ def parse_arguments(argv):
         command.add_argument("--out", type=Path, required=True, help="data folder to make or grow")
         command.add_argument("--workers", type=int, default=1, help="processes [1]")
         add_arguments(command, Options, **SOURCES[name])
-    look = commands.add_parser("show", help="list, play and plot random clips")
+    look = commands.add_parser("show", help="play and plot random clips")
     look.add_argument("folder", type=Path, help="data folder")
     look.add_argument("--n", type=int, default=4, help="how many [4]")
     look.add_argument("--out", type=Path, help="folder for audio and pictures [FOLDER/show]")
     look.add_argument("--seed", type=int, default=0, help="another seed shows others [0]")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_arguments(argv)
+    args = parser.parse_args(argv)
     if args.command == "show":
         return show(args.folder, args.n, args.out or args.folder / "show", args.seed)
     check_value("workers", args.workers, "[1, inf)")

@@ -5,7 +5,7 @@
                       caption, source (path, track, start in seconds, licence, ...)
     codes-00000.bin   uint16 codes, clip after clip, each a (K, T) table in C order
     skipped.jsonl     each file, or clip (with "start"), that was left out, and why
-    summary.json      hours, clips, licences, reasons; histogram.png shows the clips
+    summary.json      hours, clips, licences, reasons
     tracks/           one file a track: after a song is added, only that song is encoded
     plan.json         the options; a command with other options does not change the folder
 
@@ -17,8 +17,8 @@
 Audio becomes mono at 44.1 kHz and is cut into clips of 30 s. Silent clips are left out, vocals are
 removed, captions are found, captions that mention vocals are left out, the codec makes tokens. Each
 step is an option. A file in tracks/ depends on its track and the options only, and the other files
-are built from those. So a command that was killed can be repeated, and --workers or the ranks of
-torchrun can share it: the folder is the same to the last byte.
+are built from those. So a command that was killed can be repeated, and --workers can share it: the
+folder is the same to the last byte.
 """
 
 import functools

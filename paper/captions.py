@@ -3,6 +3,7 @@ captions. A model is loaded when first used. If it is missing, the error says ho
 """
 
 import csv
+import functools
 import json
 import re
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ PATHS = ("path", "file", "file_name", "filename", "audio", "location", "track_id
 CAPTIONS = ("caption", "text", "description", "captions")
 
 
+@functools.lru_cache(1)
 def read_table(name):
     """A table of captions -> {track as the table calls it: caption}, with the first of several.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from curate import audio_files, find_caption, is_vocal, new_track
-from paper.captions import explained, read_table, sentence_from_tags
+from paper.captions import explained, sentence_from_tags
+from tracks import audio_files, find_caption, is_vocal, new_track
 
 CLONE = "is missing: `git clone https://github.com/MTG/mtg-jamendo-dataset`"
 
@@ -35,14 +35,13 @@ def jamendo_tracks(metadata, audio, song_describer, options):
     splits = {row["artist"]: "train" for row in (train | test).values()}
     splits |= {row["artist"]: "valid" for row in valid.values()}
     licences = read_licences(metadata / "audio_licenses.txt")
-    table = read_table(options.captions) if options.captions else {}
     tracks = []
     for number, row in rows.items():
         name, file = f"track_{number:07}", row.pop("path")
         path = Path(audio) / file
         if not path.exists() and path.with_suffix(".low.mp3").exists():
             path = path.with_suffix(".low.mp3")
-        caption = find_caption(path, (file, name, str(number), f"{number}.mp3"), table)
+        caption = find_caption(path, [file, name, str(number), f"{number}.mp3"], options)
         if not caption[0] and options.captioner == "none":
             caption = sentence_from_tags(row["tags"], options.keep_vocals), "tags"
         about = dict(source="MTG-Jamendo") | row | licences.get(file, {})

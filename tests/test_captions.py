@@ -11,10 +11,10 @@ import pytest
 import torch
 from test_data import lines, tone, write_song
 
-import curate
 import data
 from paper import captions
 from paper.captions import LPMusicCaps, Rephraser, Separator, mentions_vocals, read_table
+from tracks import VOCAL
 
 ROOT = Path(__file__).parents[1]
 
@@ -272,4 +272,4 @@ def test_the_whole_road_vocals_out_and_captions_by_models(tmp_path, demucs, capt
     assert row["caption"] and row["caption_from"] == f"{captioner}, {chat_model}"
     assert len(demucs) == 1, "a clip once, and none that its caption rules out"
     (skipped,) = lines(tmp_path / "d/skipped.jsonl")
-    assert skipped["reason"] == curate.VOCAL and skipped["path"].endswith("sung.wav")
+    assert skipped["reason"] == VOCAL and skipped["path"].endswith("sung.wav")

@@ -147,7 +147,7 @@ def test_streaming_gives_the_audio_of_the_file(tmp_path):
         (["jazz", "--seconds", "inf"], "--seconds must be in (0, 1000000], not inf"),
         (["jazz", "--temperature", "0"], "--temperature must be in [0.01, 100], not 0.0"),
         (["jazz", "--continue", "text.wav"], "not readable audio"),
-        (["jazz", "--continue", "none.wav"], "no such file"),
+        (["jazz", "--continue", "none.wav"], "No such file"),
         (["--file", "none.txt"], "could not be read"),
         (["jazz", "--steps", "101"], "--steps must be in [1, 100], not 101"),
         (["jazz", "--temperature", "1e-39"], "--temperature must be in"),
