@@ -156,9 +156,8 @@ class ShipOptions(Sampling):
 def ship(args):
     """Installs a checkpoint as the default model, in half precision, with its sampling options."""
     config = checkpoint.read_config(args.checkpoint)
-    missing = {"train", "step", "best", "codec"} - set(config)
-    if missing:
-        raise ValueError(f"{args.checkpoint} was not made by train.py: it has no {min(missing)!r}")
+    if not {"train", "step", "best", "codec"} <= set(config):
+        raise ValueError(f"{args.checkpoint} was not made by train.py")
     if is_refiner(config):
         model, out = load_refiner(args.checkpoint), HERE / "refiner"
         options = ("steps", "guidance", "sketch_guidance")

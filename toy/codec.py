@@ -4,8 +4,7 @@ It encodes the power of 160 frequency bands, in dB, by residual quantisation. Ea
   1. projects the residual on its 8 leading principal components (`into`);
   2. takes the nearest of 1024 vectors (`entries`, from k-means), whose index is the code;
   3. maps the vectors of a frame and its two neighbours back to bands (`out`, by least squares).
-Decoding adds up the levels, spreads bands over STFT bins, and finds a phase by fast Griffin-Lim
-(Perraudin et al. 2013).
+Decoding adds up the levels and finds a phase by fast Griffin-Lim (Perraudin et al. 2013).
 
 B batch · T frames · S samples, T = ceil(S / 512) · k leading codebooks · D bands · F = 1025 bins
 """

@@ -1,10 +1,10 @@
 """The composer: factors and a seed become the notes of a clip.
 
-`compose` writes drums, bass, comping (chords) and lead, one part after the other, from the genre's
-page of the songbook. Each part has its own random generator: a change to one leaves the others.
+`compose` writes drums, bass, comping (chords) and lead from the genre's page of the songbook. Each
+part has its own random generator: a change to one leaves the others.
 
-Pitches are MIDI numbers; a step is a sixteenth note. `bar` and `own_bar` are lengths in steps, of a
-bar of the clip and of one of the part. v is a `comp` line, p a pitch.
+Pitches are MIDI numbers; a step is a sixteenth note. `bar` and `own_bar` are the lengths in steps
+of a bar of the clip and of the genre. v is a `comp` line, p a pitch.
 """
 
 import re
@@ -37,13 +37,13 @@ def onsets(line: str):
 
 def change_density(line: str, density: float, bar: int, rng) -> str:
     """Below 1 weak notes are tied to the one before; above 1 long notes are split."""
-    line = list(line)
-    for step, char, length in onsets("".join(line)):
+    changed = list(line)
+    for step, char, length in onsets(line):
         if density < 1 and step % bar and rng.random() < (1 - density) * (1 if step % 4 else 0.6):
-            line[step] = "-"
+            changed[step] = "-"
         elif density > 1 and length > 1 and rng.random() < density - 1:
-            line[step + length // 2] = char
-    return "".join(line)
+            changed[step + length // 2] = char
+    return "".join(changed)
 
 
 def closest_voicing(tones, low: int, high: int, previous: list | None) -> list:
@@ -52,15 +52,14 @@ def closest_voicing(tones, low: int, high: int, previous: list | None) -> list:
     voicings = []
     for bottom in range(low, low + 12):
         if bottom % 12 in tones:
-            pitches = sorted(bottom + (t - bottom) % 12 for t in tones)
-            lifts = range(0, max(high - pitches[-1], 0) + 1, 12)
-            voicings += [[p + lift for p in pitches] for lift in lifts]
+            pitches = np.array(sorted(bottom + (t - bottom) % 12 for t in tones))
+            voicings += [pitches + lift for lift in range(0, max(high - pitches[-1], 0) + 1, 12)]
 
     def cost(voicing):
-        distances = [min(abs(p - q) for q in previous or [middle]) for p in voicing]
-        return sum(distances) + 0.3 * abs(np.mean(voicing) - middle)  # do not drift away
+        distances = np.abs(voicing[:, None] - (previous or [middle])).min(1)
+        return distances.sum() + 0.3 * abs(voicing.mean() - middle)  # do not drift away
 
-    return min(voicings, key=cost)
+    return min(voicings, key=cost).tolist()
 
 
 class Piece:
@@ -153,13 +152,14 @@ class Piece:
             next_root = self.chord_at(next_beat)[0]
             bottom = 28 + (root - 28) % 12
             ahead = 28 + (next_root - 28) % 12
-            third = bottom + (3 if (root + 3) % 12 in tones else 4)
-            degrees = {"R": bottom, "3": third, "5": bottom + 7, "6": bottom + 9, "7": bottom + 10}
-            degrees |= {"8": bottom + 12, "n": ahead, "a": ahead - 1}
-            if char != "w":
-                pitch = degrees[char]
+            third = 3 if (root + 3) % 12 in tones else 4
+            degrees = {"R": 0, "3": third, "5": 7, "6": 9, "7": 10, "8": 12}
+            if char in degrees:
+                pitch = bottom + degrees[char]
+            elif char in "na":
+                pitch = ahead - (char == "a")
             elif step % bar == 0 or self.chord_at(step - 1)[0] != root:
-                pitch = bottom if pitch < 38 else bottom + 12 * (bottom < 34)
+                pitch = bottom + 12 * (38 <= pitch and bottom < 34)
             elif next_root != root or next_beat % bar == 0:
                 ahead += 12 * (pitch - ahead > 6)
                 pitch = ahead + pick(rng, (-1, 1, -2, 2))
@@ -174,13 +174,13 @@ class Piece:
         for v in self.genre.comp + mood.comp:
             programs = [p for p in v.programs if p != lead_program] or v.programs
             part = self.add_part(pick(rng, programs), v.level - 3, v.style)
+            own_bar, density, shift = self.own_bar, mood.density, int(mood.register * 0.7)
             if v in mood.comp:
+                own_bar, density, shift = 16, 1, 0
+            elif v.style == "power":
                 shift = 0
-                line = fill_bars(pick(rng, v.parts), 16, self.bar, self.bars)
-            else:
-                shift = 0 if v.style == "power" else int(mood.register * 0.7)
-                line = fill_bars(pick(rng, v.parts), self.own_bar, self.bar, self.bars)
-                line = change_density(line, mood.density, self.bar, rng)
+            line = fill_bars(pick(rng, v.parts), own_bar, self.bar, self.bars)
+            line = change_density(line, density, self.bar, rng)
             voicing = chord = None
             for step, char, length in onsets(line):
                 if self.chord_at(step) != chord:

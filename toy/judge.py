@@ -23,16 +23,13 @@ from tqdm import trange
 from audio import FRAME_RATE, SAMPLE_RATE, band_power, filterbank
 from checkpoint import load_weights, read_tensors, write_tensors
 from codec import load_codec
-from text import TextEncoder
 from toy import corpus
 from toy.songbook import GENRES, LEADS, MOODS, RMS, TEMPI, TONICS, sample_clip
 from toy.words import caption
 
 FILE = corpus.HERE / "judge.safetensors"
 REAL = corpus.HERE / "heard.safetensors"
-SECONDS = 10.0  # of audio that is judged at once
 D = 64
-
 KEYS = [f"{tonic} {mode}" for mode in ("major", "minor") for tonic in TONICS]
 FACTORS = {  # what each head chooses from
     "genre": [*GENRES], "rhythm": [*GENRES], "lead": [*LEADS], "tempo": TEMPI, "key": KEYS,
@@ -185,7 +182,7 @@ class Judge(nn.Module):
     def __init__(self):
         super().__init__()
         self.ear = Ear()
-        self.reader = TextEncoder.small(corpus.TOKENIZER.read_text(encoding="utf-8"))
+        self.reader = corpus.text_encoder()
         self.say = nn.Linear(self.reader.d_text, D)
         self.scale = nn.Parameter(torch.tensor(2.7))  # log of the softmax's inverse temperature
 
@@ -199,7 +196,7 @@ class Judge(nn.Module):
         every five; their logits are averaged."""
         frames, logits = [], []
         for audio in clips:
-            embedded, named = self.ear(hear(windows(audio, SECONDS, SECONDS / 2)))  # (n, W, D)
+            embedded, named = self.ear(hear(windows(audio, 10, 5)))  # (n, W, D)
             frames.append(embedded.flatten(0, 1))
             logits.append({k: v.mean(0) for k, v in named.items()})
         return Heard(frames, {k: torch.stack([one[k] for one in logits]) for k in FACTORS})
@@ -219,10 +216,10 @@ def windows(audio, seconds, every, rate=SAMPLE_RATE):
     return audio.unfold(0, size, hop)
 
 
-def load_judge(file=FILE) -> Judge:
-    """The trained judge. ValueError, in one sentence, if the file is missing or another judge's."""
+def load_judge() -> Judge:
+    """The trained judge. ValueError, in one sentence, if its file is missing or another judge's."""
     judge = Judge()
-    load_weights(judge, file)
+    load_weights(judge, FILE)
     return judge.eval().requires_grad_(False)
 
 
@@ -262,14 +259,10 @@ def play_and_hear(indices) -> Sound:
 
 def train(sounds, factors, steps=1500, batch=64, lr=2e-3, seed=0):
     """Each clip of a batch must find its own caption, each caption its clip, each head its factor.
-
-    The text encoder knows the words already and stays as it is, so three captions a clip are
-    encoded once, before training.
-    """
+    The text encoder stays as it is, so three captions a clip are encoded once, before training."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     judge = Judge()
-    judge.reader.load_state_dict(corpus.text_encoder().state_dict())
     judge.reader.requires_grad_(False).eval()
     captions = [caption(f, rng) for _ in range(3) for f in factors]
     parts = trange(0, len(captions), 64, desc="captions", disable=None)
