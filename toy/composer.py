@@ -12,7 +12,7 @@ import re
 import numpy as np
 import pretty_midi
 
-from toy.songbook import DRUMS, GENRES, LEADS, LOUDNESS, MOODS, SCALES, TONICS, pick
+from toy.songbook import DRUMS, GENRES, LEADS, LOUDNESS, MOODS, SCALES, TONICS, chord_of, pick
 
 HITS = {"X": 112, "x": 92, "o": 58}  # velocities
 TR808 = 25  # a drum kit 3 dB louder than the others
@@ -77,7 +77,8 @@ class Piece:
         self.step_seconds = 15 / factors["tempo"]
         self.bars = int(np.ceil(seconds / (self.bar * self.step_seconds)))
         self.midi = pretty_midi.PrettyMIDI(initial_tempo=factors["tempo"])
-        self.chords = pick(rng, getattr(self.genre, "chords_" + self.mode))  # bar by bar
+        song = pick(rng, self.genre.chords[self.mode]).split("|")
+        self.chords = [[chord_of(numeral) for numeral in bar.split()] for bar in song]
         self.drums(drum_rng)
         self.bass(bass_rng)
         self.comping(rng)
