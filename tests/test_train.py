@@ -353,7 +353,7 @@ def test_training_on_real_data_loads_no_composer(tmp_path, data):
     code = (
         "import sys, signal, sample, train; sample.main = lambda argv: None\n"
         f"train.main({options!r})\n"
-        "assert not {'pretty_midi', 'toy.composer', 'toy.band'} & set(sys.modules)"
+        "assert not {'mido', 'toy.composer', 'toy.band'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -27,8 +27,8 @@ PERIOD = 640  # ms
 VOICES = 128  # notes that can sound at once
 
 
-def render_many(midis: list, seconds: float) -> list[np.ndarray]:
-    """Play clips -> float32 mono audio, round(seconds * SAMPLE_RATE) samples each.
+def render_many(pieces: list, seconds: float) -> list[np.ndarray]:
+    """Play pieces, lists of parts -> float32 mono audio, round(seconds * SAMPLE_RATE) samples each.
 
     Starting fluidsynth takes as long as playing several clips. So all clips go into one file, at
     equal distances, and its audio is cut up. ValueError if fluidsynth or its font is missing.
@@ -39,7 +39,7 @@ def render_many(midis: list, seconds: float) -> list[np.ndarray]:
     distance = int(np.ceil((seconds + 0.1) * 1000 / PERIOD)) * PERIOD  # ms
     with tempfile.TemporaryDirectory() as folder:
         song, raw, settings = (Path(folder, n) for n in ("clips.mid", "clips.raw", "settings"))
-        midi_file(midis, distance, int(seconds * 1000) + 10).save(song)
+        midi_file(pieces, distance, int(seconds * 1000) + 10).save(song)
         settings.write_text("interp 1\n")  # linear interpolation: a fifth faster, sounds the same
         command = f"fluidsynth -niq -r {SAMPLE_RATE} -T raw -O float -z 512 -R 0 -C 0".split()
         command += ["-o", f"synth.polyphony={VOICES}", "-f", settings, "-F", raw, font, song]
@@ -51,20 +51,18 @@ def render_many(midis: list, seconds: float) -> list[np.ndarray]:
             raise ValueError(f"fluidsynth failed: {done.stderr.strip()}")
         stereo = np.fromfile(raw, "<f4")
     audio = stereo[0::2] + stereo[1::2]
-    starts = [round((PERIOD + i * distance) * SAMPLE_RATE / 1000) for i in range(len(midis) + 1)]
-    audio = np.pad(audio, (0, max(0, starts[-1] - len(audio))))
     clips = []
-    for midi, start in zip(midis, starts):
-        controls = midi.instruments[0].control_changes
-        reverb = next(c.value for c in controls if c.number == 91) / 127
-        clips.append(master(audio[start:][: round(seconds * SAMPLE_RATE)], reverb))
+    for i, parts in enumerate(pieces):
+        start = round((PERIOD + i * distance) * SAMPLE_RATE / 1000)
+        clip = audio[start:][: round(seconds * SAMPLE_RATE)]
+        clips.append(master(clip, reverb=parts[0].controls[91] / 127))
     return clips
 
 
-def midi_file(midis: list, distance: int, length: int) -> mido.MidiFile:
+def midi_file(pieces: list, distance: int, length: int) -> mido.MidiFile:
     """A MIDI file with a clip every `distance` ms, each cut off after `length` ms."""
     events = []  # (ms, order among simultaneous events, bytes of the message)
-    for i, midi in enumerate(midis):
+    for i, parts in enumerate(pieces):
         begin = PERIOD + i * distance
         # A synthesiser's voice keeps a trace of the last note it played. So before each clip all
         # voices play the same inaudible note of program 80.
@@ -74,17 +72,15 @@ def midi_file(midis: list, distance: int, length: int) -> mido.MidiFile:
             events.append((begin - 50, 3, (0x90 + channel, 40 + k // 8, 1)))
             events.append((begin - 20, 4, (0xB0 + channel, 120, 0)))
         channels = iter([c for c in range(16) if c != 9])
-        for part in midi.instruments:
+        for part in parts:
             channel = 9 if part.is_drum else next(channels)
             events.append((begin, 0, (0xC0 + channel, part.program)))
-            for control in part.control_changes:
-                message = (0xB0 + channel, control.number, control.value)
-                events.append((begin + round(control.time * 1000), 1, message))
-            for note in part.notes:
-                on = (0x90 + channel, note.pitch, note.velocity)
-                events.append((begin + round(note.start * 1000), 3, on))
-                off = (0x80 + channel, note.pitch, 0)
-                events.append((begin + round(note.end * 1000), 2, off))
+            for number, value in part.controls.items():
+                events.append((begin, 1, (0xB0 + channel, number, value)))
+            for start, end, pitch, velocity in part.notes:
+                on = (0x90 + channel, pitch, velocity)
+                events.append((begin + round(start * 1000), 3, on))
+                events.append((begin + round(end * 1000), 2, (0x80 + channel, pitch, 0)))
             for number in (120, 121):  # all sound off, at once; controllers back to normal
                 events.append((begin + length, 4, (0xB0 + channel, number, 0)))
     # A "quarter note" takes 1 s and has 1000 ticks.

@@ -8,9 +8,9 @@ of a bar of the clip and of the genre. v is a `comp` line, p a pitch.
 """
 
 import re
+from typing import NamedTuple
 
 import numpy as np
-import pretty_midi
 
 from toy.songbook import DRUMS, GENRES, LEADS, LOUDNESS, MOODS, SCALES, TONICS, chord_of, pick
 
@@ -18,9 +18,18 @@ HITS = {"X": 112, "x": 92, "o": 58}  # velocities
 TR808 = 25  # a drum kit 3 dB louder than the others
 
 
-def compose(factors: dict, seed: int, seconds: float = 10.0) -> pretty_midi.PrettyMIDI:
+class Part(NamedTuple):
+    """What one instrument plays."""
+
+    program: int  # of General MIDI; of a drum kit
+    is_drum: bool
+    controls: dict  # MIDI controller: value
+    notes: list  # (start, end, pitch, velocity), times in seconds
+
+
+def compose(factors: dict, seed: int, seconds: float = 10.0) -> list[Part]:
     """The same arguments give the same notes."""
-    return Piece(factors, seed, seconds).midi
+    return Piece(factors, seed, seconds).parts
 
 
 def fill_bars(part: str, own_bar: int, bar: int, bars: int) -> str:
@@ -76,7 +85,7 @@ class Piece:
         self.bar, self.own_bar = 4 * self.rhythm.beats, 4 * self.genre.beats
         self.step_seconds = 15 / factors["tempo"]
         self.bars = int(np.ceil(seconds / (self.bar * self.step_seconds)))
-        self.midi = pretty_midi.PrettyMIDI(initial_tempo=factors["tempo"])
+        self.parts = []
         song = pick(rng, self.genre.chords[self.mode]).split("|")
         self.chords = [[chord_of(numeral) for numeral in bar.split()] for bar in song]
         self.drums(drum_rng)
@@ -99,16 +108,14 @@ class Piece:
         root += self.tonic
         return root % 12, tuple((root + t) % 12 for t in tones)
 
-    def add_part(self, program: int, level: float, name: str, is_drum=False):
-        """A new instrument at `level` dB."""
-        part = pretty_midi.Instrument(program, is_drum, name)
+    def add_part(self, program: int, level: float, is_drum=False):
+        """A new part at `level` dB."""
         own = (4 if program == TR808 else 1) if is_drum else LOUDNESS.get(program, 2)
         volume = 100 * 10 ** ((level - own) / 40)  # controller 7 is squared by the synthesiser
         reverb = 127 * (self.genre.room + self.rhythm.room) / 2
-        for number, value in ((7, np.clip(volume, 1, 127)), (91, reverb)):
-            part.control_changes.append(pretty_midi.ControlChange(number, int(value), 0))
-        self.midi.instruments.append(part)
-        return part
+        controls = {7: int(np.clip(volume, 1, 127)), 91: int(reverb)}
+        self.parts.append(Part(program, is_drum, controls, []))
+        return self.parts[-1]
 
     def add_note(self, part, pitch, step, length, velocity, delay=0.0):
         """One note, a little early or late, a little loud or soft."""
@@ -117,15 +124,14 @@ class Piece:
         end = min(max(self.seconds_at(step + length) - 0.01, start + 0.05), self.seconds)
         velocity += self.mood.velocity + self.hand.normal(0, 4)
         if start < end:
-            velocity = int(np.clip(velocity, 20, 127))
-            part.notes.append(pretty_midi.Note(velocity, int(pitch), start, end))
+            part.notes.append((start, end, int(pitch), int(np.clip(velocity, 20, 127))))
 
     def drums(self, rng):
         """The pattern, thinner or richer by mood, with a fill at the end of a phrase."""
         bar, fill, density = self.bar, self.rhythm.fill, self.mood.density
         kit = pick(rng, self.rhythm.drums) if self.rhythm.drums else {}
         extra = self.mood.drums[0] if self.mood.drums and self.rhythm.drums else {}
-        part = self.add_part(self.rhythm.kit, 0, "drums", is_drum=True)
+        part = self.add_part(self.rhythm.kit, 0, is_drum=True)
         phrase = 2 if self.factors["mood"] == "energetic" else 4  # bars
         for letter, pattern in (kit | extra).items():
             line = fill_bars(pattern, 16 if letter in extra else bar, bar, self.bars)
@@ -144,7 +150,7 @@ class Piece:
     def bass(self, rng):
         """Degrees of the chord, or a walk that steps to the next chord's root."""
         bar = self.bar
-        part = self.add_part(pick(rng, self.rhythm.bass_programs), 2, "bass")
+        part = self.add_part(pick(rng, self.rhythm.bass_programs), 2)
         line = fill_bars(pick(rng, self.rhythm.bass), bar, bar, self.bars)
         pitch = 36
         for step, char, length in onsets(line):
@@ -174,7 +180,7 @@ class Piece:
         mood, lead_program = self.mood, self.genre.leads[self.factors["lead"]]
         for v in self.genre.comp + mood.comp:
             programs = [p for p in v.programs if p != lead_program] or v.programs
-            part = self.add_part(pick(rng, programs), v.level - 3, v.style)
+            part = self.add_part(pick(rng, programs), v.level - 3)
             own_bar, density, shift = self.own_bar, mood.density, int(mood.register * 0.7)
             if v in mood.comp:
                 own_bar, density, shift = 16, 1, 0
@@ -214,9 +220,9 @@ class Piece:
         tones; the others move along the scale."""
         mood, bar = self.mood, self.bar
         low, high, sustains, _ = LEADS[self.factors["lead"]]
-        part = self.add_part(self.genre.leads[self.factors["lead"]], 5, "lead")
+        part = self.add_part(self.genre.leads[self.factors["lead"]], 5)
         if sustains:
-            part.control_changes.append(pretty_midi.ControlChange(1, 24, 0))  # vibrato
+            part.controls[1] = 24  # vibrato
         centre = np.clip((low + high) / 2 + mood.register, low + 5, high - 5)
         scale = self.genre.scale[self.mode == "minor"]
         scale = SCALES["phrygian" if self.factors["mood"] == "dark" else scale]
