@@ -308,9 +308,15 @@ class Refiner(nn.Module):
         return codec.snap(vectors, first=1)
 
 
-def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, generator=None):
+def refiner_loss(
+    refiner, encoder, codec, codes, captions, sketch_dropout=0.2, generator=None, teacher=None
+):  # fmt: skip
     """Mean (v - prediction)^2 at random times, most of them noisy, for codes (B, K, L) and their
-    captions; those to be dropped are empty already, the sketch is dropped here."""
+    captions; those to be dropped are empty already, the sketch is dropped here.
+
+    teacher: (x, t, coarse, text, empty) -> v, the guided predictions of another refiner, which are
+    learned in place of the data's v (Meng et al., arXiv 2210.03142), with the sketch always there.
+    """
     config, B = refiner.config, len(codes)
     real = (codes[:, :1] != config.codebook_size).to(torch.float32)  # (B, 1, L); the rest: padding
     device = codes.device
@@ -327,6 +333,9 @@ def refiner_loss(refiner, encoder, codec, codes, captions, sketch_dropout=0.2, g
     a, b = (s.sqrt().float().to(device)[t, None, None] for s in squares)
     x, v = turn(x0, noise, a, b)
     text = encoder.pooled(captions)
+    if teacher:
+        sketch_dropout = 0.0
+        v = teacher(x, t, coarse, text, encoder.pooled([""]).expand_as(text))
     found = refiner(x, t, coarse, text, draw(B) >= sketch_dropout)
     # The coarser a codebook, the farther apart its entries, and the more of the sound it decides:
     # by this its errors count. Squares, because their minimum is the mean, as the sampler needs it;
@@ -357,12 +366,12 @@ def refine(
     of the window before: they are held fixed at every step and the others continue them, as in
     inpainting. In the same way all of it continues `heard` (K, T), which is not yielded.
 
-    steps: see `denoise`; guidance: see `paint`. The same arguments give the same codes.
+    steps: see `denoise`; guidance: see `guided`. The same arguments give the same codes.
     """
     window = refiner.config.window
     known = int(KNOWN * window)
     ahead = int(AHEAD * window)
-    text = encoder.pooled([prompt, "", ""])
+    text = encoder.pooled([prompt, ""])
     options = dict(steps=steps, guidance=guidance, sketch_guidance=sketch_guidance)
     if heard is None:
         heard = torch.empty(refiner.config.codebooks, 0, dtype=torch.long)
@@ -385,34 +394,38 @@ def refine(
         yield torch.cat([coarse, made])[:, fine.shape[1] :]
 
 
-def paint(refiner, codec, text, coarse, fine, generator, steps, guidance, sketch_guidance):
-    """One window: codebook 1 (1, L) and the finished frames of the others (K - 1, l), l <= L
-    -> codebooks 2 ... K (K - 1, L).
-
-    text (3, d_text): the prompt's, and twice the empty one. Guidance of the text and of codebook 1
-    (the sketch) apart, as in InstructPix2Pix (arXiv 2211.09800, eq. 3):
+def guided(refiner, x, t, sketch, text, empty, guidance, sketch_guidance):
+    """v (B,C,L), with guidance of the text and of codebook 1 (the sketch) apart, as in
+    InstructPix2Pix (arXiv 2211.09800, eq. 3):
 
         v = u + sketch_guidance (s - u) + guidance (c - s)
 
     with u predicted from neither, s from the sketch alone, c from both. If both factors are 1, that
-    is c alone, in one pass: for a refiner that has learned a guided one's predictions.
+    is c, in one pass: so plays a refiner that was distilled from a guided one.
+    """
+    yes = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    if guidance == sketch_guidance == 1:
+        return refiner(x, t, sketch, text, yes)
+    x, t, sketch = (torch.cat([v] * 3) for v in (x, t, sketch))
+    v = refiner(x, t, sketch, torch.cat([text, empty, empty]), torch.cat([yes, yes, ~yes]))
+    c, s, u = v.chunk(3)
+    return u + sketch_guidance * (s - u) + guidance * (c - s)
+
+
+def paint(refiner, codec, text, coarse, fine, generator, steps, guidance, sketch_guidance):
+    """One window: codebook 1 (1, L) and the finished frames of the others (K - 1, l), l <= L
+    -> codebooks 2 ... K (K - 1, L).
+
+    text (2, d_text): the prompt's and the empty one.
     """
     device = refiner.out.weight.device
     finished = torch.cat([coarse[:, : fine.shape[1]], fine])[None].to(device)
     known, _ = refiner.signal(codec, finished)  # (1, C, l)
     _, sketch = refiner.signal(codec, coarse[None].to(device))  # (1, 8, L)
-    passes = 1 if guidance == sketch_guidance == 1 else 3
-    text = text[:passes]
-    sketch = sketch.expand(passes, -1, -1)
-    sketched = torch.tensor([True, True, False], device=device)[:passes]
 
     def predict(x, t):
-        t = torch.full((passes,), t, device=device)
-        v = refiner(x.expand(passes, -1, -1), t, sketch, text, sketched)
-        if passes == 1:
-            return v
-        c, s, u = v.split(1)
-        return u + sketch_guidance * (s - u) + guidance * (c - s)
+        t = torch.full((1,), t, device=device)
+        return guided(refiner, x, t, sketch, *text.split(1), guidance, sketch_guidance)
 
     noise = torch.randn(1, len(refiner.limit), coarse.shape[1], generator=generator).to(device)
     x0 = denoise(predict, noise, refiner.schedule, steps, generator, known, refiner.limit)

@@ -273,7 +273,7 @@ class System:
 
     def extend(self, prompt, before, sketch, seed):
         """Refined codes so far (K, l), and codebook 1 of what follows (1, n) -> (K, n)"""
-        text = self.refiner_encoder.pooled([prompt, "", ""])
+        text = self.refiner_encoder.pooled([prompt, ""])
         noise = torch.Generator().manual_seed(seed)
         sketch = torch.cat([before[:1], sketch], 1)
         parts = self.refiner, self.refiner_codec, text, sketch, before[1:], noise

@@ -48,7 +48,7 @@ from checkpoint import (
 )
 from codec import load_codec
 from data import Clips, caption_of, data_folder, shape_at, share, stages
-from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss
+from diffusion import Refiner, RefinerConfig, guided, is_refiner, load_refiner, refiner_loss
 from model import VARIANTS, LMConfig, MusicLM
 from options import add_arguments, check, entry, flag, new_parser, option
 from sample import multiplies_bf16
@@ -64,6 +64,7 @@ class TrainConfig:
     data: str = option("toy", "data folder made by data.py, or toy: the one that ships")
     out: str = option("", "the run's folder; empty: out/VARIANT")
     init_from: str = option("", "fine-tune this checkpoint; toy: the one that ships")
+    distill: bool = option(False, "of a refiner: learn to play --init-from's guidance in one pass")
     text_encoder: str = option("google/flan-t5-base", "a published T5; toy: the one that ships")
     train_text_encoder: float = option(0.0, "its own learning rate; 0: frozen", "[0, inf)")
     steps: int = option(100_000, "optimizer steps", "[1, inf)")
@@ -93,6 +94,8 @@ class TrainConfig:
         check(self)
         if self.keep_every % self.valid_every:
             raise ValueError(f"--keep-every must be a multiple of --valid-every {self.valid_every}")
+        if self.distill and not self.init_from:
+            raise ValueError("--distill needs --init-from, a refiner that was trained before")
         if self.fsdp and (self.ema or self.train_text_encoder):
             raise ValueError("--fsdp needs a frozen text encoder and no --ema")
 
@@ -321,6 +324,7 @@ class Objective(nn.Module):
         self.encoder = encoder
         self.codec = codec  # of a refiner
         self.config = config
+        self.teacher = teacher(config) if config.distill else None
 
     def train(self, mode=True):
         super().train(mode)
@@ -336,12 +340,27 @@ class Objective(nn.Module):
     def forward(self, codes, captions):
         if self.codec:
             with autocast(codes.device):
-                return refiner_loss(self.model, self.encoder, self.codec, codes, captions)
+                parts = self.model, self.encoder, self.codec, codes, captions
+                return refiner_loss(*parts, teacher=self.teacher)
         smoothing = self.config.label_smoothing
         losses = token_losses(
             self.model, self.encoder, codes, captions, smoothing, 64 if self.config.compile else 1
         )
         return losses.sum() / (codes != self.model.config.codebook_size).sum()
+
+
+def teacher(config):
+    """The guided predictions of --init-from, as a function (`diffusion.refiner_loss`)"""
+    folder = initial(config, refining=True)
+    refiner = load_refiner(folder).requires_grad_(False)
+    options = read_config(folder).get("sampling") or {}
+    factors = [options.get(name, 2.0) for name in ("guidance", "sketch_guidance")]
+
+    def predict(x, *rest):
+        with torch.no_grad():
+            return guided(refiner.to(x.device), x, *rest, *factors)
+
+    return predict
 
 
 def token_losses(lm, encoder, codes, captions, label_smoothing=0.0, multiple=1):
@@ -460,6 +479,9 @@ class Trainer:
         extra["codec"] = self.data.codec_name
         if "sampling" in self.data.origin:  # it plays with the options of what it started from
             extra["sampling"] = self.data.origin["sampling"]
+        if self.config.distill:
+            one_pass = dict(steps=10, guidance=1.0, sketch_guidance=1.0)
+            extra["sampling"] = extra.get("sampling", {}) | one_pass
         weights = {k: self.processes.whole(v) for k, v in self.kept.state_dict().items()}
         about = dict(step=self.step, best=self.best, data=self.data.fingerprint)
         try:
@@ -550,8 +572,9 @@ def refiner_sums(refiner, objective, codes, captions, seed):
         same_noise = torch.Generator().manual_seed(seed)  # for every kind of caption
         with autocast(codes.device):
             loss = refiner_loss(
-                refiner, objective.encoder, objective.codec, codes, captions, dropout, same_noise
-            )
+                refiner, objective.encoder, objective.codec, codes, captions, dropout, same_noise,
+                objective.teacher,
+            )  # fmt: skip
         sums[suffix] = loss.item() * len(codes), len(codes)
     return sums
 
@@ -651,6 +674,8 @@ def parse_arguments(argv):
         return *resumed(Path(args.resume), argv), args.dry_run
     pick = lambda kind: kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
     model, config = pick(kind), pick(TrainConfig)
+    if config.distill and not refining:
+        raise ValueError("--distill is for --variant refiner")
     if refining and config.recompute:
         raise ValueError("--recompute is for language models: a refiner is small without it")
     if config.init_from:
