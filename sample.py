@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ import ssd_kernel
 from audio import FORMATS, FRAME_RATE, Picture, ensure_writable, read_audio, write_stream
 from checkpoint import load_checkpoint, load_text_encoder, read_config
 from codec import decode_stream, load_codec
-from diffusion import is_refiner, load_refiner, paint, refine
+from diffusion import is_refiner, load_refiner, refine
 from model import Mamba2, mamba_step
 from options import add_arguments, check, check_value, entry, new_parser, option, read_lines
 
@@ -271,18 +272,6 @@ class System:
         parts = self.refiner, self.refiner_encoder, self.refiner_codec
         return refine(*parts, prompt, pieces, seed, **options)
 
-    def extend(self, prompt, before, sketch, seed):
-        """Refined codes so far (K, l), and codebook 1 of what follows (1, n) -> (K, n)"""
-        text = self.refiner_encoder.pooled([prompt, ""])
-        noise = torch.Generator().manual_seed(seed)
-        sketch = torch.cat([before[:1], sketch], 1)
-        parts = self.refiner, self.refiner_codec, text, sketch, before[1:], noise
-        with torch.inference_mode():
-            made = paint(
-                *parts, **(dict(steps=25, guidance=2.0, sketch_guidance=2.0) | self.refining)
-            )
-        return torch.cat([sketch, made])[:, before.shape[1] :]
-
     def audio(self, prompt, seed, pieces, heard=None, **options):
         """Codes (K, l) at a time -> audio (samples,), 1.5 s at a time. heard (9, T): codes of the
         music that is continued, which is played first."""
@@ -298,43 +287,43 @@ class System:
 TURN = 0.5  # seconds of the old music that are kept when the words change
 
 
-def follow(system, wish, kept=None):
+def follow(system, wish):
     """Endless music that follows changing words -> yields audio (samples,), half a second each.
 
-    wish() -> (prompt, seed, options), asked before each unit of half a bar or so: what to play
-    next. options: of `Sampling`, as a dict. A new prompt is heard about two units later, on a beat;
-    the metronome starts there. A new seed starts new music.
+    wish() -> (prompt, seed, options of `Sampling` as a dict), asked before each unit of music
+    (`unit_of`): what to play next. New words begin on a beat, and with them the metronome; a new
+    seed starts other music.
     """
+    turn = round(TURN * FRAME_RATE)
 
     def units():
         codes = torch.empty(system.codec.codebooks, 0, dtype=torch.long)
-        K = system.lm.config.codebooks
         playing = None
         for number in itertools.count():
             prompt, seed, options = wish()
             if (prompt, seed) != playing:
-                if playing and seed != playing[1]:
-                    codes = codes[:, :0]
+                kept = turn if playing is None or seed == playing[1] else 0
+                codes = codes[:, codes.shape[1] - min(kept, codes.shape[1]) :]
                 playing = prompt, seed
-                codes = codes[:, max(0, codes.shape[1] - turn) :]
                 unit = unit_of(float(system.encoder([prompt])[2])) * FRAME_RATE
-                begin = end = 0  # frames since the words changed, on beats
-                count = 0
+                count = begin = 0  # units and frames since the words changed
             count += 1
-            begin, end = end, round(count * unit)
+            end = round(count * unit)
+            heard = codes[: system.lm.config.codebooks]
+            now = seed + (number << 32)
             blocks = generate(
-                system.lm, system.encoder, [prompt], end - begin, [seed + (number << 32)],
-                codes=codes[None, :K], before=begin, **options,
+                system.lm, system.encoder, [prompt], end - begin, [now], codes=heard[None],
+                before=begin, **options,
             )  # fmt: skip
             made = torch.cat([*blocks], 2)[0]
+            begin = end
             if system.second:
-                made = system.extend(prompt, codes[:, -known:], made, seed + (number << 32))
-            codes = torch.cat([codes[: len(made)], made], 1)[:, -longest:]
+                made = system.refine(prompt, [made], now, heard=codes, **system.refining)
+                made = torch.cat([*made], 1)
+            codes = torch.cat([codes[: len(made)], made], 1)
+            codes = codes[:, -system.lm.config.trained_frames :]
             yield made
 
-    turn = round((TURN if kept is None else kept) * FRAME_RATE)
-    longest = system.lm.config.trained_frames
-    known = 64
     return decode_stream(system.codec, units(), 43)
 
 
@@ -419,6 +408,8 @@ def main(argv=None):
     live = args.stream or args.play
     if live and (len(jobs) > 1 or args.out):
         raise ValueError("--stream and --play take one prompt, without --n and --out")
+    if args.follow and (not live or args.continue_file):
+        raise ValueError("--follow goes with --play or --stream, and without --continue")
     paths = [] if live else output_paths(args, jobs)
     system = System(args.checkpoint, None if args.no_refiner else args.refiner)
     say = lambda text: print(text, file=sys.stderr if args.stream else sys.stdout, flush=True)
@@ -445,6 +436,11 @@ def main(argv=None):
     )  # fmt: skip
     blocks = tqdm(blocks, total=-(-frames // 64), unit="block", disable=None, leave=False)
     refining = system.refining | ({"steps": args.steps} if system.second else {})
+    if args.follow:
+        latest = [prompts[0]]
+        threading.Thread(target=read_wishes, args=(latest,), daemon=True).start()
+        audio = follow(system, lambda: (latest[0], args.seed, sampling))
+        return play(audio, codec.sample_rate, args.stream)
     if live:
         pieces = (block[0] for block in blocks)
         play(system.audio(*jobs[0], pieces, heard, **refining), codec.sample_rate, args.stream)
@@ -458,6 +454,12 @@ def main(argv=None):
         say(f"{path} and {path.with_suffix('.png').name}")
     seconds = len(jobs) * frames * codec.hop / codec.sample_rate
     say(f"{seconds:.1f} s of audio in {time.time() - started:.1f} s")
+
+
+def read_wishes(latest):
+    """Puts each line of standard input into `latest`, a list of one prompt."""
+    for line in sys.stdin:
+        latest[0] = line.strip() or latest[0]
 
 
 def one_by_one(blocks, count):
@@ -514,6 +516,9 @@ def parse_arguments(argv):
     add("--steps", type=int, default=steps, help=f"of the refiner; the paper's are 100 [{steps}]")
     add("--out", help="a .wav, .flac or .ogg file, or a folder [PROMPT.wav here]")
     add("--play", action="store_true", help="play the sample while it is made")
+    add(
+        "--follow", action="store_true", help="endless; each line of standard input is a new prompt"
+    )
     add("--stream", action="store_true", help="write it to standard output, 16-bit mono PCM")
     args = parser.parse_args(argv)
     for kind in (Command, Sampling):
