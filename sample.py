@@ -337,8 +337,9 @@ def unit_of(bpm):
 
 
 def ahead(items, depth=4):
-    """Yields the items of an iterator, which runs in a thread of its own up to `depth` items ahead:
+    """Yields the items of an iterable, which runs in a thread of its own up to `depth` items ahead:
     the language model, the refiner and the codec work at the same time."""
+    items = iter(items)
     pool = ThreadPoolExecutor(1)
     try:
         futures = collections.deque(pool.submit(next, items, None) for _ in range(depth))
