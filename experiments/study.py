@@ -87,8 +87,6 @@ class Study:
         self.minute()
         self.write()
 
-    # ----------------------------------------------------------------------------- the runs ----
-
     def folder(self, label, seed=0):
         return self.out / f"{label.replace(', ', '-').replace(' ', '-')}-{seed}"
 
@@ -102,8 +100,8 @@ class Study:
 
     def jobs(self):
         """{folder: options of train.py}, one seed of all runs before the next"""
-        lms = f"--clock music --keep-every {self.early} --steps {self.steps} "
-        lms += f"--valid-every {self.every}"
+        lms = f"--steps {self.steps} --valid-every {self.every} --keep-every {self.early}"
+        lms += " --clock music"
         refiners = f"--steps {self.refiner_steps} --valid-every {self.refiner_steps // 5}"
         jobs = {}
         for seed in range(self.seeds):
@@ -121,11 +119,9 @@ class Study:
             found.append(([r for r in rows if "loss" in r], [r for r in rows if "right" in r]))
         return found
 
-    # -------------------------------------------------------------------------- RQ1 and RQ3 ----
-
     def losses(self):
         """What each language model had cost at each validation, and what it had learned."""
-        curves, parameters, table = {}, {}, {}
+        curves, table = {}, {}
         for label in LMS:
             logs = self.logs(label)
             at = np.array([row["step"] for row in logs[0][1]]) - 1
@@ -147,10 +143,9 @@ class Study:
                 "... with another's caption": over_seeds([row["shuffled_1s"] for row in last]),
             }
         self.draw(curves)
-        self.table("losses", "The language models", table, (
-            f"Nats per token of held-out clips, after {self.steps} steps; minutes of one core. With"
-            " nine codebooks the loss is the mean over all nine, and compares with no other."
-        ))  # fmt: skip
+        about = f"Nats per token of held-out clips, after {self.steps} steps; minutes of one core."
+        about += " The loss of nine codebooks is their mean, and compares with no other."
+        self.table("losses", "The language models", table, about)
 
         theirs, losses = curves["transformer"]
         goal, table = losses[:, -1].mean(), {}
@@ -160,10 +155,10 @@ class Study:
                 axis: over_seeds([reached(spent[axis], run, goal) / end[-1] for run in mine])
                 for axis, end in theirs.items()
             }
-        self.table("race", "Time to beat the Transformer", table, (
-            f"The share of the Transformer's budget after which its last loss, {goal:.3f}, is"
-            " reached, interpolated between validations; inf: never."
-        ))  # fmt: skip
+        about = (
+            f"The share of the Transformer's budget until its last loss, {goal:.3f}; inf: never."
+        )
+        self.table("race", "Time to beat the Transformer", table, about)
 
     def draw(self, curves):
         figure = Figure(figsize=(15, 4.2), layout="constrained")
@@ -180,8 +175,6 @@ class Study:
         figure.savefig(self.results / "losses.png", dpi=80)
         self.sections.append("![Validation loss against the cost of training](losses.png)\n")
 
-    # ------------------------------------------------------------------------- what is heard ----
-
     def hear(self):
         """Tables of what the judge hears in systems."""
         refined = lambda folder, refiner=SHIPPED_REFINER: f"{folder}+{refiner}"
@@ -194,15 +187,17 @@ class Study:
         refiners = {label: refined(SHIPPED, self.best(label)) for label in REFINERS}
         codebooks = {f"{k} codebooks": f"codec-{k}" for k in range(1, 10)}
         for name, title, systems, seconds, about in (
-            ("judge", "What the judge hears", models, 10.0,
-             "10 s, seed 0, guidance 3, temperature 1.2, top 250. The refiner is that which ships;"
-             f" the new one had {self.refiner_steps} steps."),
-            ("longer", "One stage or two, 25 s", longer, 25.0,
-             "Training, the reference and the judge's windows are of 10 s."),
-            ("refined", "Refiners after a language model", refiners, 10.0,
-             "10 s, after the language model that ships."),
+            ("judge", "What the judge hears", models, 10.0, "Seed 0; with the refiner that ships."),
+            (
+                "longer",
+                "One stage or two, 25 s",
+                longer,
+                25.0,
+                "Training, reference, windows: 10 s.",
+            ),
+            ("refined", "Refiners after the model that ships", refiners, 10.0, ""),
             ("codebooks", "How many codebooks?", codebooks, 10.0, "Real clips through the codec."),
-        ):  # fmt: skip
+        ):
             task = replace(self.task, seconds=seconds)
             measured = evaluate.measure(systems.values(), self.judge, task)
             table = {row: cells for row, cells in measured.items() if row not in systems.values()}
@@ -213,10 +208,11 @@ class Study:
         """Refiners by themselves: from the true first codebooks of held-out clips."""
         true = torch.from_numpy(self.task.codes)
         table = {"codebook 1 alone": closeness(self.codec, true, true[:, :1])}
-        stages = {label: (self.best(label), {}) for label in REFINERS}
-        stages["ships"] = SHIPPED_REFINER, {}
-        stages["ships, 10 steps"] = SHIPPED_REFINER, dict(steps=10)
-        stages["ships, no guidance"] = SHIPPED_REFINER, dict(guidance=1.0, sketch_guidance=1.0)
+        stages = {label: (self.best(label), {}) for label in REFINERS} | {
+            "ships": (SHIPPED_REFINER, {}),
+            "ships, 10 steps": (SHIPPED_REFINER, dict(steps=10)),
+            "ships, no guidance": (SHIPPED_REFINER, dict(guidance=1.0, sketch_guidance=1.0)),
+        }
         for label, (folder, options) in stages.items():
             refiner, encoder = load_refiner(folder), load_text_encoder(folder)
             made, started = [], time.time()
@@ -229,12 +225,10 @@ class Study:
                 losses = [row["loss"] for row in self.logs(label)[0][0]]
                 cells["error in training"] = Cell(np.mean(losses[-50:]))
             table[label] = closeness(self.codec, true, torch.stack(made)) | cells
-        self.table("refiners", "Refiners from true first codebooks", table, (
-            f"{len(true)} held-out clips; 25 steps of DDIM, guidance 2; the new ones were trained"
-            f" for {self.refiner_steps} steps. FD: of the codec's log-band frames from those of"
-            " nine true codebooks. Flux: change from frame to frame, over that of the true"
-            " codebooks; below 1 the music is smeared."
-        ))  # fmt: skip
+        about = f"{len(true)} held-out clips; 25 steps of DDIM, guidance 2; the new ones had"
+        about += f" {self.refiner_steps} steps. FD: of log-band frames from those of nine true"
+        about += " codebooks. Flux: change from frame to frame, over that of the true codebooks."
+        self.table("refiners", "Refiners from true first codebooks", table, about)
 
     def minute(self):
         """Pieces of a minute by models that were trained on ten seconds."""

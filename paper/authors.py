@@ -4,7 +4,7 @@
 
 Their file is a Lightning checkpoint of Prefix SiMBA (SSMTTM, Fig. 1 (b)): a pickled dict whose
 "state_dict" holds the language model as `music_model.*`, with a copy of Flan-T5 (`text_encoder.*`)
-and the optimizer's memory beside it. The architecture is that of `model.MusicLM`, tensor by tensor,
+and the optimizer's memory in it too. The architecture is that of `model.MusicLM`, tensor by tensor,
 so only names change; the sizes of the model are read from its tensors. Captions are filled up to 60
 tokens with </s>, and the language model reads the filling as if it were text: `TextEncoder.fill`.
 

@@ -15,8 +15,6 @@ from torch import nn
 
 from options import read_lines
 
-# ------------------------------------------------------------------------------------- words ----
-
 VOCALS = re.compile(
     r"\b(vocal\w*|voices?|voiced|sing|sings|singing|singers?|sang|sung|songstress|lyric\w*|choirs?"
     r"|choral|chant\w*|rap|raps|rapping|rappers?|rapped|a ?cappella|acapella|humming|hums|hummed"
@@ -118,9 +116,6 @@ def download(repository, file, kind="model"):
         return Path(hf_hub_download(repository, file, repo_type=kind))
 
 
-# ------------------------------------------------------------------------ audio -> a caption ----
-
-
 class LPMusicCaps(nn.Module):
     """Log-mel frames of ten seconds -> six convolutions that leave 32 positions -> BART (base) ->
     words. Parts are named as in the published weights.
@@ -136,7 +131,7 @@ class LPMusicCaps(nn.Module):
         from transformers.audio_utils import mel_filter_bank
 
         folder = Path(name)
-        bart = str(folder) if (folder / "config.json").is_file() else "facebook/bart-base"
+        bart = name if (folder / "config.json").is_file() else "facebook/bart-base"
         with explained(f"{name} needs config and tokenizer of {bart}: add them to its folder"):
             config = AutoConfig.from_pretrained(bart)
             self.tokenizer = AutoTokenizer.from_pretrained(bart)
@@ -196,9 +191,9 @@ PROMPT = """These sentences describe consecutive parts of one piece of music:
 
 {captions}
 
-Write one description of the whole piece, in one to three plain sentences. Keep every genre, mood, \
-tempo and instrument that is named. Add nothing that is not said. Do not speak of the parts, of \
-singers or of recording quality. Answer with the description alone."""
+Describe the whole piece in one to three plain sentences. Keep every genre, mood, tempo and \
+instrument that is named, and add nothing. Do not speak of parts, singers or recording quality. \
+Answer with the description alone."""
 
 
 class Rephraser:
@@ -250,9 +245,6 @@ class Describer:
         if self.rephrase and len(heard) > 1:
             return self.rephrase(heard), f"{self.captioner}, {self.rephraser}"
         return join(heard), self.captioner
-
-
-# ---------------------------------------------------------------------- music without vocals ----
 
 
 class Separator:

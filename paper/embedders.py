@@ -11,9 +11,7 @@ the paper does.
 
 OpenL3 gets mono. stable-audio-metrics embeds mono twice, as left and right, which doubles the FD
 exactly; the paper does not say what it did. The weights (18 MB, 340 MB, 2.3 GB) are downloaded to
-torch's cache, unless you put a file there yourself.
-
-S samples, n windows, W frames
+torch's cache, unless you put a file there yourself. S samples, n windows, W frames.
 """
 
 import contextlib
@@ -26,6 +24,7 @@ import torch.nn.functional as F
 from scipy.signal import resample_poly
 
 from audio import SAMPLE_RATE
+from paper.captions import explained
 from toy.judge import windows
 
 OPENL3 = "https://github.com/torchopenl3/torchopenl3-models/raw/master/torchopenl3_mel256_music_512.pth.tar"  # fmt: skip  # noqa: E501
@@ -39,10 +38,8 @@ def weights(url) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with explained(f"download {url} and put it at {path}"):
             torch.hub.download_url_to_file(url, str(path))  # a complete file, or none
-        except OSError as error:  # no network, no such file, disk full
-            raise ValueError(f"{error}: download {url} and put it at {path}") from None
     return path
 
 
@@ -52,9 +49,9 @@ def resample(audio, rate):
     return torch.from_numpy(audio).float()
 
 
-def peak_normalised(audio, decibels=-1.0):
+def peak_normalised(audio):
     """Scales the largest sample to -1 dB, as OpenL3's figures are made. Silence stays silence."""
-    return audio * (10 ** (decibels / 20) / audio.abs().max().clamp(min=1e-8))
+    return audio * (10 ** (-1 / 20) / audio.abs().max().clamp(min=1e-8))
 
 
 def ten_seconds(audio, rate, every):

@@ -18,13 +18,8 @@ from matplotlib.figure import Figure
 import evaluate
 from audio import FRAME_RATE, mel_spectrogram, read_audio
 from checkpoint import load_checkpoint
-from options import entry, new_parser
+from options import entry, new_parser, read_lines
 
-JAZZ_REGGAE = """This is the recording of a jazz reggae concert. There is a saxophone lead playing a
-solo. There is a keyboard and an electric guitar playing the main tune with the backing of a bass
-guitar. In the rhythmic background, there is an acoustic reggae drum beat. The atmosphere is groovy
-and chill. This piece could be playing in the background at a beach. It could also be included in
-the soundtrack of a summer/vacation/tropical themed movie.""".replace("\n", " ")  # of Figure 3
 CODECS = " ".join(f"codec-{k}" for k in range(1, 10))
 FROM_TABLES = {  # command: options of evaluate.py, the rows to draw, what their number is
     "figure2": ("--prompts sentence --name figure2", r"(.+)/step-(\d+)", "training step"),
@@ -78,10 +73,11 @@ def draw(name, pattern, xlabel):
 
 def figure3(systems):
     """Mel spectrograms of what each system plays to the paper's jazz-reggae prompt, row by row."""
+    prompts = read_lines(Path(__file__).with_name("figure3.txt"))
     figure = Figure(figsize=(9, 0.6 + 1.8 * len(systems)), layout="constrained")
     axes = figure.subplots(len(systems), 1, sharex=True, squeeze=False)[:, 0]
     for axis, system in zip(axes, systems):
-        (file,), _ = evaluate.music(system, [JAZZ_REGGAE], 10.0)
+        (file,), _ = evaluate.music(system, prompts, 10.0)
         mel = mel_spectrogram(read_audio(file))[0].numpy()  # (bands, T) in dB
         shape = dict(origin="lower", aspect="auto", extent=(0, mel.shape[1] / FRAME_RATE, 0, 128))
         image = axis.imshow(mel, cmap="magma", vmin=-90, vmax=-10, **shape)

@@ -3,28 +3,26 @@
     python -m paper.listening page mamba/ transformer/ --prompts prompts.txt --out test.html
     python -m paper.listening tally answers/
 
-`page` makes one web page that contains everything, audio included. Listeners open it from disk, on
-a computer or a phone. A session has three questions, as in the paper (SSMTTM, IV-B). Each shows a
-prompt and one clip of each system under a letter, in a random order, and asks for marks from 1 to 5
-for consistency, alignment and overall quality. Prompts are drawn at random. Answers survive a
-reload, and are downloaded as JSON at the end. `tally` reads a folder of such files and prints mean
-± standard deviation of each system.
+`page` makes one web page with all audio in it, which listeners open from disk. A session has three
+questions, as in the paper (SSMTTM, IV-B): a prompt, and one clip of each system under a letter, in
+a random order. Each clip gets marks from 1 to 5 for consistency, alignment and overall quality.
+Answers survive a reload, and are downloaded as JSON at the end. `tally` reads a folder of answers
+and prints mean ± standard deviation of each system.
 
 Systems are folders of 000.wav, 001.wav ... Clip NNN plays line NNN of the prompts, from 0. The page
-does not contain their names: it knows clips by codes. The key to the codes is written to
-test.key.json: do not send it to the listeners.
+knows clips by codes only. The key to them is test.key.json: do not send it to the listeners.
 """
 
 import base64
-import io
 import json
 import secrets
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from audio import FORMATS, SAMPLE_RATE, read_audio, write_text
+from audio import FORMATS, read_audio, write_audio, write_text
 from options import entry, new_parser, read_lines
 from paper.captions import explained
 
@@ -69,16 +67,12 @@ def make_page(systems, prompts, out, count=24):
 
 def as_ogg(path):
     """A file as a data: address, in Ogg Vorbis. All have one loudness: louder is not better."""
-    import soundfile
-
-    audio = read_audio(path)[0].numpy()
-    audio = audio * (0.08 / max(float(np.sqrt(np.mean(audio**2))), 1e-6))
-    audio = audio / max(1.0, float(np.abs(audio).max()))
-    memory = io.BytesIO()
-    with soundfile.SoundFile(memory, "w", SAMPLE_RATE, 1, format="OGG") as file:
-        for start in range(0, len(audio), SAMPLE_RATE):  # one large write fails in Vorbis
-            file.write(audio[start : start + SAMPLE_RATE])
-    return "data:audio/ogg;base64," + base64.b64encode(memory.getvalue()).decode()
+    audio = read_audio(path)[0]
+    audio = audio * (0.08 / audio.square().mean().sqrt().clamp(min=1e-6))
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "clip.ogg")
+        write_audio(file, audio / audio.abs().max().clamp(min=1))
+        return "data:audio/ogg;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
 def tally(folder, key=None):
