@@ -70,10 +70,9 @@ def filterbank(bands, corner, low, high):
 
 
 def band_power(audio, filters):
-    """(B, S) -> (B, T, D) mean power of each band, a sine of amplitude 1 being about 1. Blocks of
-    frames stay in the cache, and long audio needs little memory."""
+    """(B, S) -> (B, T, D) mean power of each band, a sine of amplitude 1 being about 1."""
     filters = filters / filters.sum(1, keepdim=True) / FULL_SCALE
-    blocks = split_frames(audio).split(128, dim=1)
+    blocks = split_frames(audio).split(128, dim=1)  # they stay in the cache and need little memory
     return torch.cat([power(stft(frames)) @ filters.T for frames in blocks], 1)
 
 

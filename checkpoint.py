@@ -10,7 +10,7 @@ and then renamed, so a killed run leaves the checkpoint before it intact.
 """
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -81,21 +81,17 @@ def read_config(folder) -> dict:
 def load_checkpoint(folder) -> MusicLM:
     """The language model of a checkpoint, in fp32 and eval mode."""
     lm = MusicLM(read_model_config(folder, LMConfig))
-    load_weights(lm, weights_file(folder), "lm.")
+    load_weights(lm, folder, "lm.")
     return lm.eval()
 
 
 def read_model_config(folder, kind):
     """A checkpoint's LMConfig or RefinerConfig. ValueError, one sentence, if it is of another."""
-    values = read_config(folder)["model"]
-    unknown = set(values) - {field.name for field in fields(kind)}
-    if unknown:
-        what = "language model" if kind is LMConfig else "refiner"
-        raise ValueError(f"{folder} holds no {what} of this program (it has {min(unknown)})")
     try:
-        return kind(**values)
-    except TypeError as error:  # a value of another type
-        raise ValueError(f"{folder}/config.json is broken: {error}") from None
+        return kind(**read_config(folder)["model"])
+    except TypeError as error:  # another name, or a value of another type
+        what = "language model" if kind is LMConfig else "refiner"
+        raise ValueError(f"{folder} holds no {what} of this program ({error})") from None
 
 
 def load_text_encoder(folder) -> TextEncoder:
@@ -109,20 +105,17 @@ def load_text_encoder(folder) -> TextEncoder:
             encoder = TextEncoder.small(tokenizer, **shape)
         else:
             encoder = TextEncoder.pretrained(config["name"])
-        stored = config.get("stored", False)
-        fill = config.get("fill", 0)
-    except (KeyError, TypeError):
-        raise ValueError(f"{folder}/config.json does not describe its text encoder") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder}/tokenizer.json cannot be read ({error})") from None
-    if stored:
-        load_weights(encoder.encoder, folder / "model.safetensors", "text.")
-    encoder.fill = fill
+        encoder.fill = config.get("fill", 0)
+    except (KeyError, TypeError, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = f"its config.json or tokenizer.json is broken ({error!r})"
+        raise ValueError(f"{folder} holds no text encoder: {reason}") from None
+    if config.get("stored"):
+        load_weights(encoder.encoder, folder, "text.")
     return encoder.eval()
 
 
 def load_weights(module, file, prefix=""):
-    """Fills a module with the tensors of a file whose names begin with `prefix`."""
+    """Fills a module with the tensors of a file, or checkpoint, whose names begin with `prefix`."""
     tensors = read_tensors(file)
     tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     try:
@@ -135,7 +128,8 @@ def load_weights(module, file, prefix=""):
 
 
 def read_tensors(file) -> dict:
-    """The tensors of a file. ValueError, one sentence, if it is missing or broken."""
+    """The tensors of a file, or of a checkpoint. ValueError, one sentence, if they are missing or
+    broken."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -143,16 +137,13 @@ def read_tensors(file) -> dict:
         from paper.authors import read_authors
 
         return read_authors(file)[1]
+    if Path(file).is_dir():
+        file = Path(file) / "model.safetensors"
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{file} is missing, cut short or not a safetensors file ({error})"
-        ) from None
-
-
-def weights_file(folder):
-    return Path(folder) if is_authors(folder) else Path(folder) / "model.safetensors"
+        reason = f"is missing, cut short or not a safetensors file ({error})"
+        raise ValueError(f"{file} {reason}") from None
 
 
 def is_authors(path) -> bool:

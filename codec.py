@@ -113,10 +113,11 @@ def load_codec(name="toy", folder=None):
         pass  # the same weights through transformers
     from transformers import DacModel
 
+    folder = folder or "descript/dac_44khz"
     try:
-        return DACCodec(DacModel.from_pretrained(folder or "descript/dac_44khz"))
+        return DACCodec(DacModel.from_pretrained(folder))
     except OSError:
         raise ValueError(
-            f"no DAC weights in {folder or 'huggingface.co/descript/dac_44khz'}: download its"
-            " config.json and model.safetensors from there and give their folder as `folder`"
+            f"no DAC weights in {folder}: download config.json and model.safetensors of"
+            " huggingface.co/descript/dac_44khz and give their folder as `folder`"
         ) from None

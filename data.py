@@ -14,11 +14,9 @@
     python data.py musiccaps musiccaps-public.csv /clips --out data/musiccaps   the paper's test set
     python data.py show data/mine                      look at clips and listen to them
 
-Audio becomes mono at 44.1 kHz and is cut into clips of 30 s. Silent clips are left out, vocals are
-removed, captions are found, captions that mention vocals are left out, the codec makes tokens. Each
-step is an option. A file in tracks/ depends on its track and the options only, and the other files
-are built from those. So a command that was killed can be repeated, and --workers can share it: the
-folder is the same to the last byte.
+Audio becomes mono at 44.1 kHz and is cut into clips; what is left out or removed is an option. The
+folder is built from tracks/, whose files depend on their track and the options only. So a command
+that was killed can be repeated, with any --workers: the folder is the same to the last byte.
 """
 
 import functools
@@ -52,27 +50,24 @@ class Clips:
 
     def __init__(self, folder, split, codebooks=1, codec=None):
         folder = Path(folder)
-        if not (folder / "manifest.jsonl").is_file() or not (folder / "meta.json").is_file():
-            raise ValueError(
-                f"no data at {folder}: make some with `python data.py folder MUSIC --out {folder}`"
-            )
         try:
             self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             rows = [r for r in read_jsonl(folder / "manifest.jsonl") if split in (r["split"], None)]
             self.rows = [row for row in rows if row["codebooks"] >= (codebooks or 1)]
+        except OSError:
+            raise ValueError(
+                f"no data at {folder}: make some with `python data.py folder MUSIC --out {folder}`"
+            ) from None
         except (ValueError, KeyError) as error:
             raise ValueError(f"the manifest of {folder} is broken ({error!r})") from None
         if codec and self.meta["codec"] != codec:
-            raise ValueError(
-                f"{folder} was made by the codec {self.meta['codec']!r}, the model reads {codec!r}"
-            )
+            made = f"{folder} was made by the codec {self.meta['codec']!r}"
+            raise ValueError(f"{made}, the model reads {codec!r}")
         if not self.rows:
             raise ValueError(f"{folder} has no {split} clips with {codebooks} codebook(s)")
         self.codebooks = codebooks
-        self.shards = {
-            shard: np.memmap(folder / f"codes-{shard:05}.bin", np.uint16, "r")
-            for shard in {row["shard"] for row in self.rows}
-        }
+        shards = {row["shard"] for row in self.rows}
+        self.shards = {i: np.memmap(folder / f"codes-{i:05}.bin", np.uint16, "r") for i in shards}
 
     def __len__(self):
         return len(self.rows)
@@ -131,9 +126,8 @@ class Writer:
         path.write_text(json.dumps(meta), encoding="utf-8")
         self.manifest = self.folder / "manifest.jsonl"
         self.manifest.touch()
-        *lines, unfinished = self.manifest.read_bytes().split(b"\n")
-        if unfinished:
-            self.manifest.write_bytes(b"".join(line + b"\n" for line in lines))
+        with open(self.manifest, "r+b") as file:  # an unfinished line is cut off
+            file.truncate(file.read().rfind(b"\n") + 1)
         self.shard, self.offset = 0, 0  # offset in codes, of two bytes
         for row in self.rows()[-1:]:
             self.shard, self.offset = row["shard"], row["offset"] + row["codebooks"] * row["frames"]
@@ -143,7 +137,7 @@ class Writer:
 
     def add(self, clips):
         """clips: [(codes (K, T), row)]; all of them enter the manifest, or none."""
-        lines = []
+        lines = ""
         for codes, row in clips:
             if 2 * self.offset > SHARD_BYTES:
                 self.shard, self.offset = self.shard + 1, 0
@@ -151,11 +145,12 @@ class Writer:
             with open(path, "r+b" if path.exists() else "wb") as file:
                 file.seek(2 * self.offset)
                 file.write(np.ascontiguousarray(codes, np.uint16).tobytes())
-            where = dict(shard=self.shard, offset=self.offset)
-            lines.append(where | dict(codebooks=codes.shape[0], frames=codes.shape[1]) | row)
+            place = dict(shard=self.shard, offset=self.offset)
+            size = dict(codebooks=codes.shape[0], frames=codes.shape[1])
+            lines += json.dumps(place | size | row) + "\n"
             self.offset += codes.size
         with open(self.manifest, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write(lines)
 
 
 # ------------------------------------------------------------------ what a training step reads ----
@@ -206,10 +201,10 @@ def seen_before(step, config):
     its clip, crop and caption; every clip is seen once before any is seen again."""
     samples = tokens = begin = 0
     for end, frames, clips in stages(config):
-        steps = max(0, min(step, end) - begin)
-        samples += config.accumulate * steps * clips
-        tokens += config.accumulate * steps * clips * frames
-        begin = max(begin, end)
+        count = config.accumulate * clips * max(0, min(step, end) - begin)
+        samples += count
+        tokens += count * frames
+        begin = end
     return samples, tokens
 
 

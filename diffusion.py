@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint import load_weights, read_model_config, weights_file
+from checkpoint import load_weights, read_model_config
 from model import (
     Context,
     FeedForward,
@@ -440,5 +440,5 @@ def is_refiner(config) -> bool:
 def load_refiner(folder) -> Refiner:
     """The refiner of a checkpoint folder, in eval mode. ValueError if it holds none."""
     refiner = Refiner(read_model_config(folder, RefinerConfig))
-    load_weights(refiner, weights_file(folder), "lm.")
+    load_weights(refiner, folder, "lm.")
     return refiner.eval()
