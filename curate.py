@@ -321,6 +321,8 @@ def summarise(folder):
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     for name, value in summary.items():
         print(f"  {name:15} {listed(value) if isinstance(value, Counter) else value}")
+    if unknown := summary["captions"]["nothing"]:
+        print(f'{unknown:,} clips are only called "music": add .txt files, a table or tags')
     if {*summary["splits"]} == {"train"}:
         print("train.py also needs clips for validation: try a smaller --seconds, or add music")
 

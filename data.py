@@ -167,6 +167,10 @@ def data_folder(name):
 
 def caption_of(row, rng, refining=False):
     """A caption for a row of a manifest. Toy clips have factors, from which it is drawn."""
+    if "facts" in row:
+        from tracks import sentence
+
+        return sentence(row["facts"], rng)
     if "factors" not in row:
         return row["caption"]
     from toy import words

@@ -203,9 +203,7 @@ def torture(tmp_path_factory):
         write_song(music / name, audio, subtype="FLOAT")
         bad[name] = reason
     for name, caption, reason in [
-        ("untold.wav", None, "has no caption: add a .txt file of the same name"),
         ("latin.wav", "caf\xe9".encode("latin-1"), "has a caption that is not UTF-8 text"),
-        ("blank.wav", " \n", "has no caption: add a .txt file of the same name"),
     ]:
         write_song(music / name, two, caption=caption)
         bad[name] = reason
@@ -640,13 +638,61 @@ def test_no_audio_is_one_sentence(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_music_without_captions_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    write_song(tmp_path / "music/a.wav", tone(2), caption=None)
-    write_song(tmp_path / "music/b.wav", tone(2), caption=None)
-    monkeypatch.setattr(curate, "audio_blocks", None)
-    with pytest.raises(ValueError, match="no file can be used: has no caption: add a .txt.* .2."):
-        data.main(["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d")])
-    assert not (tmp_path / "d").exists()
+def tagged(path, **tags):
+    """A file of two seconds with tags, in the format that its extension says."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    codec = {".mp3": "mp3", ".ogg": "libopus", ".m4a": "aac", ".flac": "flac"}[path.suffix]
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=48000, layout="mono")
+        out.metadata.update(tags)
+        samples = (10000 * np.sin(np.arange(96000) / 20)).astype(np.int16)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        frame.sample_rate = 48000
+        resampler = av.AudioResampler(stream.format, "mono", 48000, stream.frame_size or 4096)
+        for part in [*resampler.resample(frame), *resampler.resample(None), None]:
+            out.mux(stream.encode(part))
+
+
+def test_words_come_from_what_the_files_know(tmp_path, capsys):
+    music = tmp_path / "music"
+    tagged(music / "a.mp3", genre="Folk", TBPM="96", artist="Ann", title="Rain")
+    tagged(music / "b.flac", genre="Dark Ambient", initialkey="Am", date="1994-03-01")
+    tagged(music / "c.ogg", genre="Unknown", artist="Ann", license="CC-BY-4.0")
+    tagged(music / "game/boss-fight_02.m4a", title="Track 2")
+    tagged(music / "d/01.mp3")
+    write_song(music / "e.wav", tone(2), caption="a tone")
+    write_song(music / "f.wav", tone(2), caption=" \n")
+    data.main(["folder", str(music), "--out", str(tmp_path / "d")])
+    rows = {row["track"]: row for row in data.Clips(tmp_path / "d", None).rows}
+    facts = {track: row.get("facts") for track, row in rows.items()}
+    assert facts == {
+        "a.mp3": {"genre": "folk", "bpm": "96"},
+        "b.flac": {"genre": "dark ambient", "key": "A minor", "decade": "1990s"},
+        "c.ogg": {},
+        "game/boss-fight_02.m4a": {"name": "game boss fight"},
+        "d/01.mp3": {},
+        "e.wav": None,
+        "f.wav": {},
+    }
+    origins = {row["caption_from"]: track for track, row in rows.items()}
+    assert origins.keys() == {"tags", "names", "nothing", "sidecar"}
+    assert rows["c.ogg"]["caption"] == "music" and rows["c.ogg"]["licence"] == "CC-BY-4.0"
+    assert rows["a.mp3"]["artist"] == rows["c.ogg"]["artist"] == "Ann"
+    assert "3 clips are only called" in capsys.readouterr().out
+    drawn = [data.caption_of(rows["b.flac"], np.random.default_rng(i)) for i in range(40)]
+    assert len(set(drawn)) > 10 and all(
+        "ambient" in c or "in A minor" in c or "1990s" in c for c in drawn
+    )
+    assert not any(
+        "Rain" in data.caption_of(rows["a.mp3"], np.random.default_rng(i)) for i in range(20)
+    )
+
+    data.main(["folder", str(music), "--out", str(tmp_path / "t"), "--titles"])
+    rows = {row["track"]: row for row in data.Clips(tmp_path / "t", None).rows}
+    drawn = [data.caption_of(rows["a.mp3"], np.random.default_rng(i)) for i in range(40)]
+    assert any('"Rain"' in caption and "by Ann" in caption for caption in drawn)
 
 
 def test_music_that_gives_no_clip_is_refused_and_other_options_may_follow(tmp_path):
