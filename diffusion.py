@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint import load_weights, read_model_config
+from checkpoint import load_weights, read_config, read_model_config
 from model import (
     Context,
     FeedForward,
@@ -442,3 +442,16 @@ def load_refiner(folder) -> Refiner:
     refiner = Refiner(read_model_config(folder, RefinerConfig))
     load_weights(refiner, folder, "lm.")
     return refiner.eval()
+
+
+def teacher(folder):
+    """The guided predictions of a refiner's checkpoint, as `refiner_loss` takes them."""
+    refiner = load_refiner(folder).requires_grad_(False)
+    options = read_config(folder).get("sampling") or {}
+    factors = [options.get(name, 2.0) for name in ("guidance", "sketch_guidance")]
+
+    def predict(x, *rest):
+        with torch.no_grad():
+            return guided(refiner.to(x.device), x, *rest, *factors)
+
+    return predict

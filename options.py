@@ -13,7 +13,10 @@ values that are valid; `--help`, the check and the error message are made from t
 """
 
 import argparse
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -93,3 +96,16 @@ def entry(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextmanager
+def finish_step_on_signals():
+    """Ctrl-C and SIGTERM set the event that this yields, instead of ending the process."""
+    stop = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(signals, before):
+            signal.signal(number, handler)

@@ -18,13 +18,11 @@ import itertools
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -48,9 +46,9 @@ from checkpoint import (
 )
 from codec import load_codec
 from data import Clips, caption_of, data_folder, shape_at, share, stages
-from diffusion import Refiner, RefinerConfig, guided, is_refiner, load_refiner, refiner_loss
+from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss, teacher
 from model import VARIANTS, LMConfig, MusicLM
-from options import add_arguments, check, entry, flag, new_parser, option
+from options import add_arguments, check, entry, finish_step_on_signals, flag, new_parser, option
 from sample import multiplies_bf16
 from text import TextEncoder
 
@@ -237,19 +235,6 @@ def learning_rate(step, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@contextmanager
-def finish_step_on_signals():
-    """Ctrl-C and SIGTERM set the event that this yields, instead of ending the process."""
-    stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(signals, before):
-            signal.signal(number, handler)
-
-
 # ------------------------------------------------------------------- the data and the model ----
 
 
@@ -324,7 +309,7 @@ class Objective(nn.Module):
         self.encoder = encoder
         self.codec = codec  # of a refiner
         self.config = config
-        self.teacher = teacher(config) if config.distill else None
+        self.teacher = teacher(initial(config, True)) if config.distill else None
 
     def train(self, mode=True):
         super().train(mode)
@@ -347,20 +332,6 @@ class Objective(nn.Module):
             self.model, self.encoder, codes, captions, smoothing, 64 if self.config.compile else 1
         )
         return losses.sum() / (codes != self.model.config.codebook_size).sum()
-
-
-def teacher(config):
-    """The guided predictions of --init-from, as a function (`diffusion.refiner_loss`)"""
-    folder = initial(config, refining=True)
-    refiner = load_refiner(folder).requires_grad_(False)
-    options = read_config(folder).get("sampling") or {}
-    factors = [options.get(name, 2.0) for name in ("guidance", "sketch_guidance")]
-
-    def predict(x, *rest):
-        with torch.no_grad():
-            return guided(refiner.to(x.device), x, *rest, *factors)
-
-    return predict
 
 
 def token_losses(lm, encoder, codes, captions, label_smoothing=0.0, multiple=1):

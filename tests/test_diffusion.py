@@ -413,3 +413,22 @@ def test_a_refiner_is_trained_resumed_exactly_and_played(tmp_path, monkeypatch, 
     a, b = (load_refiner(f"out/{run}/last").state_dict() for run in ("whole", "resumed"))
     assert all((a[k] == b[k]).all() for k in a)
     assert read_config("out/resumed/last")["step"] == 6
+
+
+def test_a_student_learns_guided_predictions(tmp_path):
+    refiner, encoder = small()
+    for factors, low, high in ((dict(guidance=1.0, sketch_guidance=1.0), 0, 1e-12), ({}, 1e-3, 99)):
+        save_checkpoint(tmp_path / "r", refiner, encoder, dict(codec="toy", sampling=factors))
+        teacher = diffusion.teacher(tmp_path / "r")
+        loss = lambda seed, teacher=teacher: refiner_loss(
+            refiner, encoder, CODEC, codes(24)[None].expand(8, -1, -1), ["a"] * 8,
+            generator=torch.Generator().manual_seed(seed), teacher=teacher,
+        )  # fmt: skip
+        assert low <= loss(0).item() < high  # a copy of its teacher, which is guided or not
+    before = sum(loss(seed).item() for seed in range(100, 104))
+    optimizer = torch.optim.AdamW(refiner.parameters(), 1e-3)
+    for seed in range(30):
+        optimizer.zero_grad()
+        loss(seed).backward()
+        optimizer.step()
+    assert sum(loss(seed).item() for seed in range(100, 104)) < before / 2

@@ -357,3 +357,17 @@ def test_training_on_real_data_loads_no_composer(tmp_path, data):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_refiner_is_distilled(tmp_path):
+    options = "--variant refiner --steps 1 --batch 2 --valid-every 1 --valid-clips 2".split()
+    with pytest.raises(ValueError, match="--distill needs --init-from"):
+        train.main([*options, "--distill"])
+    with pytest.raises(ValueError, match="--distill is for --variant refiner"):
+        train.main(["--init-from", "toy", "--distill"])
+    run = train.parse_arguments(
+        [*options, "--init-from", "toy", "--distill", "--out", str(tmp_path)]
+    )
+    train.train(*run[:3], train.join_processes("cpu"))
+    stored = read_config(tmp_path / "last")["sampling"]
+    assert stored["guidance"] == stored["sketch_guidance"] == 1
