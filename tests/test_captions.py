@@ -105,7 +105,11 @@ def test_a_table_gives_a_folder_its_captions(tmp_path):
     found = {
         (r["track"], r["caption"], r["caption_from"]) for r in lines(tmp_path / "d/manifest.jsonl")
     }
-    assert found == {("a.wav", "from the table", "table"), ("c.wav", "from beside it", "sidecar")}
+    assert found == {
+        ("a.wav", "from the table", "table"),
+        ("b.wav", "music", "nothing"),
+        ("c.wav", "from beside it", "sidecar"),
+    }
 
 
 # ------------------------------------------------------------------ stand-ins for the models ----
