@@ -168,7 +168,7 @@ def data_folder(name):
 def caption_of(row, rng, refining=False):
     """A caption for a row of a manifest. Toy clips have factors, from which it is drawn."""
     if "facts" in row:
-        from tracks import sentence
+        from curate import sentence
 
         return sentence(row["facts"], rng)
     if "factors" not in row:

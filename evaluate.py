@@ -278,7 +278,7 @@ def fingerprint(system):
 
 def answers_in(folder, count):
     """The files of a folder that are named by the number of a prompt: 000.wav, 001.wav, ..."""
-    from tracks import AUDIO
+    from curate import AUDIO
 
     files = [p for p in folder.iterdir() if p.stem.isdigit() and p.suffix.lower() in AUDIO]
     numbered = {int(p.stem): p for p in files}

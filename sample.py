@@ -135,7 +135,9 @@ def generate(
         text = encoder(captions)
     for s in range(steps):
         if s == reading:
-            recent = [*columns][-kept:]
+            recent = [*columns]
+            if kept and len(recent) >= trained:
+                recent = recent[-kept:]
             left = min(steps - s, max(trained - len(recent), 1)) if kept else steps
             reading = s + left
             codes = undelay(torch.stack(recent, 2)) if recent else codes
@@ -321,7 +323,7 @@ def follow(system, wish):
                 made = system.refine(prompt, [made], now, heard=codes, **system.refining)
                 made = torch.cat([*made], 1)
             codes = torch.cat([codes[: len(made)], made], 1)
-            codes = codes[:, -system.lm.config.trained_frames :]
+            codes = codes[:, -round(KEPT * system.lm.config.trained_frames) :]
             yield made
 
     return decode_stream(system.codec, units(), 43)

@@ -448,11 +448,13 @@ class Trainer:
         folder = self.run / name
         extra = dict(train=asdict(self.config), step=self.step, best=self.best)
         extra["codec"] = self.data.codec_name
-        if "sampling" in self.data.origin:  # it plays with the options of what it started from
-            extra["sampling"] = self.data.origin["sampling"]
+        # It plays with the options of what it started from. But a refiner that was distilled and is
+        # trained on data again needs guidance again.
+        extra["sampling"] = sampling = self.data.origin.get("sampling", {})
         if self.config.distill:
-            one_pass = dict(steps=10, guidance=1.0, sketch_guidance=1.0)
-            extra["sampling"] = extra.get("sampling", {}) | one_pass
+            extra["sampling"] = dict(steps=8, guidance=1.0, sketch_guidance=1.0)
+        elif self.data.refining and sampling.get("guidance") == 1:
+            extra["sampling"] = {}
         weights = {k: self.processes.whole(v) for k, v in self.kept.state_dict().items()}
         about = dict(step=self.step, best=self.best, data=self.data.fingerprint)
         try:

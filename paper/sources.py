@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from curate import audio_files, find_caption, is_vocal, new_track
 from paper.captions import explained, sentence_from_tags
-from tracks import audio_files, find_caption, is_vocal, new_track
 
 CLONE = "is missing: `git clone https://github.com/MTG/mtg-jamendo-dataset`"
 

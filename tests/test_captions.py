@@ -12,9 +12,9 @@ import torch
 from test_data import lines, tone, write_song
 
 import data
+from curate import VOCAL
 from paper import captions
 from paper.captions import LPMusicCaps, Rephraser, Separator, mentions_vocals, read_table
-from tracks import VOCAL
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,11 +18,10 @@ import soundfile
 
 import curate
 import data
-import tracks
 from audio import audio_blocks, lock_folder, read_audio
+from curate import VOCAL, Options
 from data import Clips, Writer
 from paper import sources
-from tracks import VOCAL, Options
 
 CODEC = SimpleNamespace(name="toy", codebooks=9, codebook_size=1024, sample_rate=44100, hop=512)
 ROOT = Path(__file__).parents[1]
@@ -624,7 +623,7 @@ def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert tracks.audio_files(tmp_path) == [(closed, "cannot be read: Permission denied")]
+    assert curate.audio_files(tmp_path) == [(closed, "cannot be read: Permission denied")]
 
 
 def test_no_audio_is_one_sentence(tmp_path):

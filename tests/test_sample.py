@@ -230,8 +230,6 @@ def test_long_music_reads_its_text_again(variant, codebooks):
     columns = columns[:, :, : given + 1]
     uniform = [torch.Generator().manual_seed(seed) for seed in seeds]
     length = given  # frames since the last reading
-    if variant == "simba":
-        length = min(given, 5)
     for s in range(frames + codebooks - 1):
         if variant == "simba" and length == 16:
             length = 5

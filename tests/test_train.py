@@ -371,3 +371,8 @@ def test_a_refiner_is_distilled(tmp_path):
     train.train(*run[:3], train.join_processes("cpu"))
     stored = read_config(tmp_path / "last")["sampling"]
     assert stored["guidance"] == stored["sketch_guidance"] == 1
+
+    more = ["--init-from", str(tmp_path / "last"), "--out", str(tmp_path / "again")]
+    run = train.parse_arguments([*options, *more])  # on data, not on a teacher
+    train.train(*run[:3], train.join_processes("cpu"))
+    assert read_config(tmp_path / "again/last")["sampling"] == {}
