@@ -139,6 +139,23 @@ def test_a_model_on_kernels_is_the_model(variant, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1, a.abs().max().item()))
 
 
+def test_a_model_on_kernels_reads_a_sequence_in_parts(monkeypatch):
+    """The first part from zeros, the second from the state, against the whole in PyTorch."""
+    lm, encoder = tiny("simba", blocks=1, chunk=32)
+    lm.to(KERNEL.device)
+    text, mask, _ = encoder.to(KERNEL.device)(["a", "a longer prompt"])
+    columns = torch.randint(50, (2, 1, 40), device=KERNEL.device)
+    whole, _ = lm.read(columns, text.detach(), mask)
+    expected = torch.autograd.grad(whole.square().mean(), list(lm.blocks.parameters()))
+    monkeypatch.setattr(ssd_kernel, "available", lambda x: True)
+    first, state = lm.read(columns[:, :, :23], text.detach(), mask)
+    second, _ = lm.read(columns[:, :, 23:], state=state)
+    parts = torch.cat([first, second], 1)
+    found = torch.autograd.grad(parts.square().mean(), list(lm.blocks.parameters()))
+    for a, b in zip((whole, *expected), (parts, *found)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1, a.abs().max().item()))
+
+
 # ------------------------------------------------------------------------------------------------
 # Compiled, without a GPU. The most shared memory that one program may have, in bytes:
 
