@@ -2,7 +2,7 @@
 
 The language model writes a sketch, one code a frame, and keeps the rhythm, the timbre and the form
 of the music in it. This model paints: given the sketch and the text, it makes codebooks 2 ... 9 of
-all frames at once, by starting from noise and removing it in ten steps or more. Whatever wrote the
+all frames at once, by starting from noise and removing it in a few steps. Whatever wrote the
 sketch, a model of any kind or the codec itself, it stays as it is (SSMTTM III-B, eq. 4).
 
     1  the noise       a schedule, three ways to say the same thing, one step backwards

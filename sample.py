@@ -9,7 +9,7 @@
 Music of any length is made in constant memory and written while it is made. The same command gives
 the same bytes on the same machine. The defaults in brackets are those of the checkpoint that plays.
 
-The file has two parts: sampling (`generate`, one token at a time) and the command.
+The file has three parts: sampling (`generate`, one token at a time), what plays, and the command.
 """
 
 import collections
@@ -286,13 +286,13 @@ class System:
         return decode_stream(self.codec, pieces)
 
 
-TURN = 0.5  # seconds of the old music that are kept when the words change
+TURN = 0.15  # seconds of the old music that are kept when the words change
 
 
 def follow(system, wish):
     """Endless music that follows changing words -> yields audio (samples,), half a second each.
 
-    wish() -> (prompt, seed, options of `Sampling` as a dict), asked before each unit of music
+    wish() -> (prompt, seed, options of `generate` as a dict), asked before each unit of music
     (`unit_of`): what to play next. New words begin on a beat, and with them the metronome; a new
     seed starts other music.
     """
@@ -442,7 +442,9 @@ def main(argv=None):
     if args.follow:
         latest = [prompts[0]]
         threading.Thread(target=read_wishes, args=(latest,), daemon=True).start()
-        audio = follow(system, lambda: (latest[0], args.seed, sampling))
+        system.refining = refining
+        options = sampling | dict(negative=args.negative)
+        audio = follow(system, lambda: (latest[0], args.seed, options))
         return play(audio, codec.sample_rate, args.stream)
     if live:
         pieces = (block[0] for block in blocks)
@@ -454,7 +456,7 @@ def main(argv=None):
         audio = system.audio(prompt, seed, pieces, heard, **refining)
         write_stream(path, picture.watch(audio), frames * codec.hop)
         picture.save(path.with_suffix(".png"), f"{prompt} (seed {seed})", codec.sample_rate)
-        say(f"{path} and {path.with_suffix('.png').name}")
+        say(f"{path} and {path.with_suffix('.png')}")
     seconds = len(jobs) * frames * codec.hop / codec.sample_rate
     say(f"{seconds:.1f} s of audio in {time.time() - started:.1f} s")
 
