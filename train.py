@@ -14,14 +14,12 @@ A run is a folder: last/ and best/ (checkpoint.py), log.jsonl, loss.png and two 
 
 import functools
 import hashlib
-import itertools
 import json
 import math
-import os
 import sys
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from argparse import Namespace
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 import sample
 import ssd_kernel
@@ -45,11 +44,12 @@ from checkpoint import (
     save_trainer,
 )
 from codec import load_codec
-from data import Clips, caption_of, data_folder, shape_at, share, stages
+from data import Clips, caption_of, data_folder, shape_at, share
 from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss, teacher
 from model import VARIANTS, LMConfig, MusicLM
 from options import add_arguments, check, entry, finish_step_on_signals, flag, new_parser, option
-from sample import multiplies_bf16
+from paper.distributed import Processes
+from sample import ahead, multiplies_bf16
 from text import TextEncoder
 
 ROOT = Path(__file__).parent
@@ -126,105 +126,84 @@ REFINER_PRESETS = {
 
 def main(argv=None):
     model_config, config, run, dry = parse_arguments(argv)
-    processes = join_processes(config.device)
+    processes = Processes(config.device)
     if dry:
         from paper import budget
 
         return print(budget.report(model_config, config, processes.device))
-    best = train(model_config, config, run, processes)
+    train(model_config, config, run, processes)
     processes.end()
-    if processes.rank > 0:
-        return
-    refining = isinstance(model_config, RefinerConfig)
-    unit = "squared error of v" if refining else "nats per token"
-    print(f"{run}: best validation loss {best:.3f} {unit}; curve in {run}/loss.png")
-    role = "--refiner" if refining else "--checkpoint"
-    sample.main([*sample.SHOWCASE, role, str(run / "best"), "--out", str(run)])
+    if processes.rank == 0:
+        role = "--refiner" if isinstance(model_config, RefinerConfig) else "--checkpoint"
+        sample.main([*sample.SHOWCASE, role, str(run / "best"), "--out", str(run)])
 
 
 # ------------------------------------------------------------------------------------ the loop ----
 
 
 def train(model_config, config, run, processes):
-    """Trains to the end, or continues where `run` stopped -> the best validation loss.
+    """Trains to the end, or continues where `run` stopped.
 
     Every random choice is a function of the seed, the step and the process, so that a resumed run
     repeats what an uninterrupted one does. ValueError, one sentence, for what the user can mend.
     """
-    main_rank = processes.rank == 0
+    first = processes.rank == 0
     torch.manual_seed(config.seed)
     with processes.first_rank_first():
         data = Data(config, model_config, run)
         objective = Objective(*build(model_config, config, data), data.codec, config)
-    lock = lock_folder(run) if main_rank else nullcontext()
+    lock = lock_folder(run) if first else nullcontext()
     objective.to(processes.device).train()
     wrapped = processes.wrap(objective, config.fsdp)
     trainer = Trainer(objective, config, run, data, processes)
     if config.compile:
         objective.model.compile(dynamic=False)
-    log = Log(run / "log.jsonl", trainer.step, main_rank)
-    if main_rank:
+    log = Log(run / "log.jsonl", trainer.step, config.steps, first)
+    if first:
         introduce(objective, config, data, processes.device)
-    batches = prefetched(data, config, trainer.step, processes)
-    bad_steps = 0
 
-    with lock, finish_step_on_signals() as stop:
-        for step in range(trainer.step, config.steps):
+    with lock, log.bar, finish_step_on_signals() as stop:
+        for step, parts in ahead(batches(data, config, trainer.step, processes)):
             started = time.time()
-            frames, clips = shape_at(step, config)
-            clips *= config.accumulate  # of all processes
-            rate = learning_rate(step, config)
-            for group in trainer.optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
             chance = np.random.SeedSequence((config.seed, step, processes.rank))
             torch.manual_seed(int(chance.generate_state(1)[0]))
-            loss = 0.0
-            parts = share(step, config, processes.rank, processes.ranks)
-            for i, (_, count, _) in enumerate(parts):
-                codes, captions = next(batches)
-                weight = count * processes.ranks / clips
-                with processes.averaging(wrapped, last=i == len(parts) - 1):
-                    part = wrapped(codes, captions) * weight
-                    part.backward()
-                loss += part.item()
-            norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, config.clip)
-            norm = processes.whole(norm).item()
+            frames, clips = shape_at(step, config)
+            clips *= config.accumulate  # of all processes
+            loss = add_gradients(wrapped, parts, clips, processes)
             loss, stopping = processes.agree(loss, stop.is_set())
-            if math.isfinite(norm):
-                trainer.update()
-                bad_steps = 0
-            else:
-                bad_steps += 1
-                log.print(f"\nstep {step}: loss {loss}, gradient {norm}; step skipped")
-                if bad_steps == 10:
-                    raise ValueError(f"10 bad steps in a row; last good checkpoint: {run}/last")
-            trainer.optimizer.zero_grad(set_to_none=True)
-            trainer.step = step + 1
-            log.write(
-                step=step + 1, loss=loss, norm=norm, lr=rate, tokens=clips * frames,
-                seconds=time.time() - started,
-            )  # fmt: skip
-            if (step + 1) % 10 == 0 or step + 1 == config.steps:
-                log.print_progress(config.steps)
-
-            if stopping:
+            rate = learning_rate(step, config)
+            norm = trainer.update(rate)
+            if not math.isfinite(norm):
+                log.print(f"step {step}: loss {loss}, gradient {norm}; step skipped")
+            seconds = time.time() - started
+            step += 1
+            log.step(step, loss=loss, norm=norm, lr=rate, tokens=clips * frames, seconds=seconds)
+            if stopping and step < config.steps:
                 trainer.save("last")
-                log.print(f"\nstopped at step {step + 1}: `python train.py --resume {run}`")
+                log.print(f"stopped at step {step}: `python train.py --resume {run}`")
                 sys.exit(130)
-            if (step + 1) % config.valid_every == 0 or step + 1 == config.steps:
+            if step % config.valid_every == 0 or step == config.steps:
                 scores = validate(trainer.kept, objective, data, config)
-                log.write(step=step + 1, **scores)
+                log.validation(step, scores)
                 trainer.save_if_best(scores["right"])
-                if config.keep_every and (step + 1) % config.keep_every == 0:
-                    trainer.save(f"step-{step + 1}")
+                if config.keep_every and step % config.keep_every == 0:
+                    trainer.save(f"step-{step}")
                 trainer.save("last")
-    if cut := objective.encoder.cut:
-        log.print(f"\n{cut:,} captions were cut to {objective.encoder.max_tokens} tokens")
-    if main_rank:
-        from paper import figures
+    if first:
+        conclude(log, objective, run)
 
-        figures.loss_curve(log.rows, run / "loss.png")
-    return trainer.best
+
+def add_gradients(wrapped, parts, clips, processes):
+    """Forward and backward passes over a process's micro-batches -> its part of the step's loss.
+    clips: of the step, in all processes."""
+    loss = 0.0
+    for i, (codes, captions) in enumerate(parts):
+        weight = len(codes) * processes.ranks / clips  # DDP takes the mean over processes
+        with processes.averaging(wrapped, last=i == len(parts) - 1):
+            part = wrapped(codes.to(processes.device), captions) * weight
+            part.backward()
+        loss += part.item()
+    return loss
 
 
 def learning_rate(step, config):
@@ -239,7 +218,8 @@ def learning_rate(step, config):
 
 
 class Data:
-    """What a run reads: clips to train on and to validate on, and their captions."""
+    """What a run reads: the checkpoint that it starts from, if any; clips to train on and to
+    validate on; their captions."""
 
     def __init__(self, config, model_config, run):
         self.refining = isinstance(model_config, RefinerConfig)
@@ -248,24 +228,31 @@ class Data:
         self.start = run / "last" if self.resuming else initial(config, self.refining)
         self.origin = read_config(self.start) if self.start else {}
         self.folder = data_folder(config.data)
-        self.train, self.valid = (
-            Clips(self.folder, split, model_config.codebooks, self.origin.get("codec"))
-            for split in ("train", "valid")
-        )
+        kind = model_config.codebooks, self.origin.get("codec")
+        self.train = Clips(self.folder, "train", *kind)
+        self.valid = Clips(self.folder, "valid", *kind)
         self.codec_name = self.train.meta["codec"]
         self.codec = load_codec(self.codec_name) if self.refining else None
         self.fingerprint = hashlib.sha1((self.folder / "manifest.jsonl").read_bytes()).hexdigest()
 
-    def batch(self, config, first, count, frames):
-        """Samples `first` ... of the shuffled data: codes (count, K, frames) and captions."""
-        window = stages(config)[-1][1]  # a crop starts where the whole clip would
-        describe, dropout = self.describe, config.caption_dropout
-        return self.train.batch(first, count, frames, config.seed, describe, dropout, window)
+
+def batches(data, config, first_step, processes):
+    """Yields each step with the micro-batches of this process: codes (B, K, L) and B captions."""
+    window = longest(config)  # a crop starts where the whole clip would
+    options = dict(seed=config.seed, describe=data.describe, window=window)
+    options["caption_dropout"] = config.caption_dropout
+    for step in range(first_step, config.steps):
+        parts = share(step, config, processes.rank, processes.ranks)
+        yield step, [data.train.batch(*part, **options) for part in parts]
+
+
+def longest(config):
+    """Frames of the longest clips of a run, those at its end; validation reads as many at once."""
+    return shape_at(config.steps - 1, config)[0]
 
 
 def build(model_config, config, data):
-    """-> the model and the text encoder: from the run's last checkpoint, from the checkpoint that
-    it starts from, or new."""
+    """-> the model and the text encoder, of the checkpoint that the run starts from, or new ones"""
     if data.start:
         model = (load_refiner if data.refining else load_checkpoint)(data.start)
         encoder = load_text_encoder(data.start)
@@ -275,8 +262,7 @@ def build(model_config, config, data):
         model = Refiner(model_config) if data.refining else MusicLM(model_config)
         if data.refining:
             model.fit(data.codec)
-    if not data.refining:
-        model.recompute = config.recompute
+    model.recompute = config.recompute
     encoder.requires_grad_(config.train_text_encoder > 0)
     return model, encoder
 
@@ -290,7 +276,7 @@ def new_encoder(name):
 
 
 def initial(config, refining):
-    """The checkpoint that a run starts from, or "" for none."""
+    """The checkpoint that a new run starts from, or "" for none."""
     shipped = ROOT / "toy" / ("refiner" if refining else "lm")
     return shipped if config.init_from == "toy" else config.init_from
 
@@ -323,24 +309,23 @@ class Objective(nn.Module):
         return super().to(device)
 
     def forward(self, codes, captions):
-        if self.codec:
-            with autocast(codes.device):
+        with autocast(codes.device):
+            if self.codec:
                 parts = self.model, self.encoder, self.codec, codes, captions
                 return refiner_loss(*parts, teacher=self.teacher)
-        smoothing = self.config.label_smoothing
-        losses = token_losses(
-            self.model, self.encoder, codes, captions, smoothing, 64 if self.config.compile else 1
-        )
+            # A compiled model should meet few lengths of text.
+            multiple = 64 if self.config.compile else 1
+            options = dict(label_smoothing=self.config.label_smoothing, multiple=multiple)
+            losses = token_losses(self.model, self.encoder, codes, captions, **options)
         return losses.sum() / (codes != self.model.config.codebook_size).sum()
 
 
 def token_losses(lm, encoder, codes, captions, label_smoothing=0.0, multiple=1):
-    """Cross-entropies in nats (B,K,L) of codes given their captions, 0 at padding. multiple: of
-    what the text's length is rounded up to, as a compiled model should meet few shapes."""
-    with autocast(codes.device):
-        with nullcontext() if encoder.trained else torch.no_grad():
-            text = encoder(captions, multiple=multiple)
-        logits = lm(codes, *text)  # (B, K, L, V)
+    """Cross-entropies in nats (B,K,L) of codes given their captions, 0 at padding. multiple: the
+    length of the text is rounded up to a multiple of it."""
+    with nullcontext() if encoder.trained else torch.no_grad():
+        text = encoder(captions, multiple=multiple)
+    logits = lm(codes, *text)  # (B, K, L, V)
     losses = F.cross_entropy(
         logits.float().flatten(0, 2), codes.flatten(), reduction="none",
         ignore_index=lm.config.codebook_size, label_smoothing=label_smoothing,
@@ -354,52 +339,6 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
 
 
-def prefetched(data, config, first_step, processes, ahead=2):
-    """The run's micro-batches (codes on the device, captions), made in a thread ahead of time."""
-    device = processes.device
-    steps = range(first_step, config.steps)
-    shares = (share(step, config, processes.rank, processes.ranks) for step in steps)
-    jobs = itertools.chain.from_iterable(shares)
-    with ThreadPoolExecutor(1) as pool:
-        submit = lambda job: pool.submit(data.batch, config, *job)
-        waiting = deque(submit(job) for job in itertools.islice(jobs, ahead))
-        while waiting:
-            codes, captions = waiting.popleft().result()
-            waiting.extend(submit(job) for job in itertools.islice(jobs, 1))
-            codes = codes.pin_memory() if device.type == "cuda" else codes
-            yield codes.to(device, non_blocking=True), captions
-
-
-class OneProcess:
-    """The processes of a run that has one; paper/distributed.py has the same for several."""
-
-    rank, ranks = 0, 1
-    first_rank_first = nullcontext
-    wrap = staticmethod(lambda objective, fsdp: objective)
-    averaging = staticmethod(lambda objective, last: nullcontext())
-    agree = staticmethod(lambda loss, stop: (loss, stop))
-    whole = staticmethod(lambda v: v)
-    share_of = staticmethod(lambda v, p: v)
-    end = staticmethod(lambda: None)
-
-    def __init__(self, device):
-        self.device = device
-
-
-def join_processes(device_name):
-    """The processes of this run. ValueError if there is no such device."""
-    try:
-        device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or none here
-        raise ValueError(f"--device {device_name}: {str(error).splitlines()[0]}") from None
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return OneProcess(device)
-    from paper.distributed import Processes
-
-    return Processes(device)
-
-
 class Trainer:
     """The optimizer, the averaged weights if any, and the run's checkpoints."""
 
@@ -409,7 +348,7 @@ class Trainer:
         self.run = run
         self.data = data
         self.processes = processes
-        self.step = 0
+        self.step = self.bad_steps = 0
         self.best = math.inf
         self.averaged = None
         if config.ema:
@@ -431,10 +370,22 @@ class Trainer:
     def parts(self):
         return trained_parameters(self.objective), self.optimizer, self.averaged
 
-    def update(self):
-        self.optimizer.step()
-        if self.averaged:
-            self.averaged.update_parameters(self.objective.model)
+    def update(self, rate):
+        """A step of the optimizer, unless the gradient is not finite -> the gradient's norm."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        norm = self.processes.whole(norm).item()
+        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+        if self.bad_steps == 10:
+            raise ValueError(f"10 bad steps in a row; last good checkpoint: {self.run}/last")
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        if math.isfinite(norm):
+            self.optimizer.step()
+            if self.averaged:
+                self.averaged.update_parameters(self.objective.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return norm
 
     def save_if_best(self, loss):
         if not math.isfinite(loss):
@@ -446,8 +397,8 @@ class Trainer:
     def save(self, name):
         """Writes the checkpoint run/NAME; "last" with what resuming needs. All ranks take part."""
         folder = self.run / name
-        extra = dict(train=asdict(self.config), step=self.step, best=self.best)
-        extra["codec"] = self.data.codec_name
+        about = dict(step=self.step, best=self.best)
+        extra = about | dict(train=asdict(self.config), codec=self.data.codec_name)
         # It plays with the options of what it started from. But a refiner that was distilled and is
         # trained on data again needs guidance again.
         extra["sampling"] = sampling = self.data.origin.get("sampling", {})
@@ -456,30 +407,26 @@ class Trainer:
         elif self.data.refining and sampling.get("guidance") == 1:
             extra["sampling"] = {}
         weights = {k: self.processes.whole(v) for k, v in self.kept.state_dict().items()}
-        about = dict(step=self.step, best=self.best, data=self.data.fingerprint)
         try:
             if self.processes.rank == 0:
                 save_checkpoint(folder, self.kept, self.objective.encoder, extra, weights=weights)
             if name == "last":
+                about["data"] = self.data.fingerprint
                 save_trainer(folder, *self.parts(), about, self.processes)
         except OSError as error:
-            raise ValueError(
-                f"{error}: make room, then continue with `python train.py --resume {self.run}`"
-            ) from None
+            again = f"python train.py --resume {self.run}"
+            raise ValueError(f"{error}: make room, then continue with `{again}`") from None
 
 
 def make_optimizer(objective, config):
     """AdamW; weight decay for matrices only: not for biases, norms, A_log, D and dt_bias. The text
     encoder has its own learning rate."""
-    named = trained_parameters(objective)
-    groups = []
-    for part, scale in (("lm.", 1.0), ("text.", config.train_text_encoder / config.lr)):
-        mine = {name: p for name, p in named.items() if name.startswith(part)}
-        matrices = [p for name, p in mine.items() if p.ndim >= 2 and not name.endswith("biases")]
-        others = [p for name, p in mine.items() if p.ndim < 2 or name.endswith("biases")]
-        groups.append(dict(params=matrices, scale=scale, weight_decay=config.weight_decay))
-        groups.append(dict(params=others, scale=scale, weight_decay=0.0))
-    groups = [group for group in groups if group["params"]]
+    groups = defaultdict(list)
+    for name, p in trained_parameters(objective).items():
+        scale = 1.0 if name.startswith("lm.") else config.train_text_encoder / config.lr
+        is_matrix = p.ndim >= 2 and not name.endswith("biases")
+        groups[scale, config.weight_decay if is_matrix else 0.0].append(p)
+    groups = [dict(params=ps, scale=s, weight_decay=decay) for (s, decay), ps in groups.items()]
     return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), fused=True)
 
 
@@ -495,7 +442,7 @@ def trained_parameters(objective):
 
 @torch.no_grad()
 def validate(model, objective, data, config):
-    """Losses on held-out clips, in windows as long as those of training, with the right captions,
+    """Losses on held-out clips, in windows as long as training's longest, with the right captions,
     with those of other clips ("shuffled") and without ("empty").
 
     Of a language model: nats per token, and those of the first second of each window, where the
@@ -504,28 +451,29 @@ def validate(model, objective, data, config):
     """
     objective.eval()
     model.eval()
-    clips = data.valid
+    device = next(model.parameters()).device
+    clips, length = data.valid, longest(config)
     count = min(config.valid_clips, len(clips))
-    window = stages(config)[-1][1]
-    frames = max(clips.rows[i]["frames"] for i in range(count))
     captions = [data.describe(clips.rows[i], np.random.default_rng([17, i])) for i in range(count)]
     others = {"right": captions, "shuffled": captions[1:] + captions[:1], "empty": [""] * count}
-    scores = {}
+    windows = []  # (clip, first frame); what is left at the end of a clip is not read
+    for i in range(count):
+        ends = range(length, max(length, clips.rows[i]["frames"]) + 1, length)
+        windows += [(i, end - length) for end in ends]
+    measure = refiner_sums if objective.codec else lm_sums
+    sums = defaultdict(float)
     for kind, texts in others.items():
-        sums = {}  # name: [sum of losses, their number]
-        for i in range(0, count, 8):
-            rows = range(i, min(i + 8, count))
-            codes = np.stack([clips.codes(j, 0, frames) for j in rows])
-            codes = torch.from_numpy(codes).to(next(model.parameters()).device)
-            padding = model.config.codebook_size
-            codes, words = windows(codes, [texts[j] for j in rows], window, padding)
-            measure = refiner_sums if objective.codec else lm_sums
-            for name, (total, number) in measure(model, objective, codes, words, seed=i).items():
-                total_before, number_before = sums.get(name, (0.0, 0))
-                sums[name] = total_before + total, number_before + number
-        scores |= {kind + name: total / number for name, (total, number) in sums.items()}
+        for first in range(0, len(windows), config.batch):
+            part = windows[first : first + config.batch]
+            codes = np.stack([clips.codes(i, start, length) for i, start in part])
+            codes = torch.from_numpy(codes).to(device)
+            words = [texts[i] for i, _ in part]
+            with autocast(device):
+                found = measure(model, objective, codes, words, seed=first)
+            for suffix, sum_and_number in found.items():
+                sums[kind + suffix] += np.array(sum_and_number)
     objective.train()
-    return scores
+    return {name: float(total / number) for name, (total, number) in sums.items()}
 
 
 def lm_sums(lm, objective, codes, captions, seed):
@@ -541,36 +489,22 @@ def lm_sums(lm, objective, codes, captions, seed):
 
 def refiner_sums(refiner, objective, codes, captions, seed):
     sums = {}
+    parts = refiner, objective.encoder, objective.codec, codes, captions
     for suffix, dropout in (("", 0.0), ("_blind", 1.0)):
         same_noise = torch.Generator().manual_seed(seed)  # for every kind of caption
-        with autocast(codes.device):
-            loss = refiner_loss(
-                refiner, objective.encoder, objective.codec, codes, captions, dropout, same_noise,
-                objective.teacher,
-            )  # fmt: skip
+        loss = refiner_loss(*parts, dropout, same_noise, objective.teacher)
         sums[suffix] = loss.item() * len(codes), len(codes)
     return sums
 
 
-def windows(codes, captions, window, padding):
-    """Clips (B,K,L) -> their whole windows (n, K, window) and the captions of those; windows of
-    nothing but padding, of shorter clips, are left out."""
-    count = max(codes.shape[2] // window, 1)
-    codes = torch.cat(codes[:, :, : count * window].chunk(count, 2))
-    real = (codes[:, 0] != padding).any(1)
-    return codes[real], [text for text, keep in zip(captions * count, real.tolist()) if keep]
-
-
 class Log:
-    """log.jsonl: one line per step, and one per validation. Lines after the checkpoint that a run
-    is resumed from are dropped."""
+    """log.jsonl: one line per step, and one per validation; and what the terminal shows. Lines
+    after the checkpoint that a run is resumed from are dropped."""
 
-    def __init__(self, path, step, writes=True):
+    def __init__(self, path, step, steps, writes=True):
         self.path = path
         self.writes = writes
         self.rows = []
-        self.begun = time.time()
-        self.steps = self.tokens = 0  # of this process
         if path.exists():
             lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be cut
             try:
@@ -579,32 +513,33 @@ class Log:
                 raise ValueError(f"{path} is damaged: remove it to continue without it") from None
         if writes:
             write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.bar = tqdm(initial=step, total=steps, unit="step", mininterval=1, disable=not writes)
 
     def write(self, **row):
         self.rows.append(row)
-        self.steps += "loss" in row
-        self.tokens += row.get("tokens", 0)
         if self.writes:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        if "right" in row:
-            scores = [f"{name} {value:.3f}" for name, value in row.items() if name != "step"]
-            self.print("\n  valid  " + "  ".join(scores))
 
-    def print(self, text, end="\n"):
+    def step(self, step, **row):
+        self.write(step=step, **row)
+        speed = row["tokens"] / row["seconds"]
+        self.bar.set_postfix_str(
+            f"loss {self.recent_loss():.3f}, lr {row['lr']:.1e}, |g| {row['norm']:.2f}, "
+            f"{speed:,.0f} tokens/s", refresh=False,
+        )  # fmt: skip
+        self.bar.update()
+
+    def validation(self, step, scores):
+        self.write(step=step, **scores)
+        self.print("valid  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+
+    def recent_loss(self):
+        return np.mean([row["loss"] for row in self.rows[-60:] if "loss" in row][-50:])
+
+    def print(self, text):
         if self.writes:
-            print(text, end=end, flush=True)
-
-    def print_progress(self, steps):
-        recent = [row for row in self.rows[-100:] if "loss" in row][-min(50, self.steps) :]
-        row = recent[-1]
-        elapsed = time.time() - self.begun
-        loss = sum(row["loss"] for row in recent) / len(recent)
-        rate = self.tokens / elapsed
-        left = elapsed / self.steps * (steps - row["step"]) / 60
-        line = f"\rstep {row['step']:6}/{steps}  loss {loss:.3f}  lr {row['lr']:.1e}  "
-        line += f"|g| {row['norm']:5.2f}  {rate:7,.0f} tokens/s  {left:5.1f} min left "
-        self.print(line, end="")
+            self.bar.write(text)
 
 
 def introduce(objective, config, data, device):
@@ -616,6 +551,23 @@ def introduce(objective, config, data, device):
     text = sum(p.numel() for p in objective.encoder.parameters())
     print(budget.describe_cost(objective.model.config, config, text))
     print(f"{len(data.train):,} clips to train on, {len(data.valid):,} to validate; on {device}")
+
+
+def conclude(log, objective, run):
+    """The last lines of a run, and its picture."""
+    from paper import figures
+
+    if cut := objective.encoder.cut:
+        print(f"{cut:,} captions were cut to {objective.encoder.max_tokens} tokens")
+    rows = [row for row in log.rows if "right" in row]
+    best = min(rows, key=lambda row: row["right"])
+    unit = "squared error of v" if objective.codec else "nats per token"
+    print(f"{run}: best validation loss {best['right']:.3f} {unit}, at step {best['step']}")
+    below = best["right"] - log.recent_loss()
+    if best is not rows[-1] and below > 0:
+        print(f"It overfits since then: the training loss is {below:.3f} lower; {run}/best plays.")
+    figures.loss_curve(log.rows, run / "loss.png")
+    print(f"The curve is in {run}/loss.png")
 
 
 # -------------------------------------------------------------------------- the command line ----
@@ -642,56 +594,39 @@ def parse_arguments(argv):
     parser = new_parser(__doc__, parents=[first], conflict_handler="resolve")
     add_arguments(parser.add_argument_group("model"), kind, **preset)
     add_arguments(parser.add_argument_group("training"), TrainConfig, **preset)
-    args = parser.parse_args(argv)
-    if args.resume:
-        return *resumed(Path(args.resume), argv), args.dry_run
-    pick = lambda kind: kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
-    model, config = pick(kind), pick(TrainConfig)
+    args = vars(parser.parse_args(argv))
+    without_defaults = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(args))))
+    named = {name: v for name, v in without_defaults.items() if v is not None}
+    if known.resume:
+        return *resumed(Path(known.resume), named), known.dry_run
+    model, config = (k(**{f.name: args[f.name] for f in fields(k)}) for k in (kind, TrainConfig))
     if config.distill and not refining:
         raise ValueError("--distill is for --variant refiner")
     if refining and config.recompute:
         raise ValueError("--recompute is for language models: a refiner is small without it")
-    if config.init_from:
-        model = shape_of(initial(config, refining), model, argv)
+    if config.init_from:  # its shape, which the command line may repeat
+        folder = initial(config, refining)
+        model = read_model_config(folder, kind)
+        for name, have in asdict(model).items():
+            if (want := named.get(name, have)) != have:
+                option = f"{flag(name)} {have}, not {want}"
+                raise ValueError(f"{folder} has {option}: leave it out, or --init-from")
     name = model.variant + ("" if refining or model.codebooks == 1 else f"-{model.codebooks}")
     run = Path(config.out or f"out/{name}")
-    if begun(run) and not args.dry_run:
+    if begun(run) and not known.dry_run:
         raise ValueError(f"{run} holds a run: use --resume {run}, or choose another --out")
-    return model, config, run, args.dry_run
+    return model, config, run, known.dry_run
 
 
-def resumed(run, argv):
-    """The configs of a run that is continued."""
-    if more := named_options(argv) - {"--resume", "--dry-run"}:
-        raise ValueError(f"--resume keeps the options of the run: leave out {min(more)}")
+def resumed(run, named):
+    """The configs of a run that is continued. named: the options on the command line."""
+    if more := set(named) - {"resume", "dry_run"}:
+        raise ValueError(f"--resume keeps the options of the run: leave out {flag(min(more))}")
     if not begun(run):
         raise ValueError(f"{run} holds no run to resume (no last/trainer.safetensors)")
     saved = read_config(run / "last")
     model = read_model_config(run / "last", RefinerConfig if is_refiner(saved) else LMConfig)
-    try:
-        return model, TrainConfig(**saved["train"]), run
-    except (KeyError, TypeError) as error:
-        raise ValueError(f'{run}/last/config.json: "train" is broken ({error})') from None
-
-
-def shape_of(folder, asked, argv):
-    """The shape of the checkpoint that a run starts from. ValueError if the command line asks for
-    another."""
-    saved = read_model_config(folder, type(asked))
-    named = named_options(argv)
-    for field in fields(saved):
-        have, want = getattr(saved, field.name), getattr(asked, field.name)
-        if flag(field.name) in named and have != want:
-            raise ValueError(
-                f"{folder} has {flag(field.name)} {have}, not {want}: leave it out, or --init-from"
-            )
-    return saved
-
-
-def named_options(argv):
-    """The options that a command line names: {"--steps", ...}; argv None: that of the process."""
-    words = sys.argv[1:] if argv is None else argv
-    return {word.split("=")[0] for word in words if word.startswith("--")}
+    return model, TrainConfig(**saved["train"]), run
 
 
 if __name__ == "__main__":

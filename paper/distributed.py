@@ -2,7 +2,7 @@
 
 Every process (rank) holds the model and a share of each batch; gradients are averaged (DDP). With
 --fsdp each rank keeps a share of the weights only. The batch and its random choices do not depend
-on the number of processes. `train.OneProcess` is the same interface for a single one.
+on the number of processes. A run without torchrun has one, for which nothing here does anything.
 """
 
 import os
@@ -10,20 +10,27 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
 class Processes:
-    def __init__(self, device):
-        self.rank = int(os.environ["RANK"])
-        self.ranks = int(os.environ["WORLD_SIZE"])
-        self.device = device
-        if device.type == "cuda":
+    """Those of a run. device: cpu, cuda or mps; empty: cuda if there is one, else cpu. ValueError
+    if there is no such device."""
+
+    def __init__(self, device=""):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.ranks = int(os.environ.get("WORLD_SIZE", 1))
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # no such device, or none here
+            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        if self.ranks == 1:
+            return
+        if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     @contextmanager
     def first_rank_first(self):
@@ -31,13 +38,17 @@ class Processes:
         if self.rank > 0:
             dist.barrier()
         yield
-        if self.rank == 0:
+        if self.rank == 0 and self.ranks > 1:
             dist.barrier()
 
     def wrap(self, objective, fsdp):
         """The objective, made to average its gradients over the ranks."""
+        if self.ranks == 1:
+            return objective
         if not fsdp:
             return DistributedDataParallel(objective)
+        from torch.distributed.fsdp import fully_shard
+
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.ranks,))
         for module in (*objective.model.blocks, objective.model):
             fully_shard(module, mesh=mesh)
@@ -45,6 +56,8 @@ class Processes:
 
     def averaging(self, objective, last):
         """Gradients are averaged in the last backward pass of a step only."""
+        if self.ranks == 1:
+            return nullcontext()
         if isinstance(objective, DistributedDataParallel):
             return nullcontext() if last else objective.no_sync()
         objective.model.set_requires_gradient_sync(last)
@@ -52,18 +65,25 @@ class Processes:
 
     def agree(self, loss, stop):
         """-> the mean of the ranks' losses, and whether any rank was asked to stop"""
+        if self.ranks == 1:
+            return loss, stop
         both = torch.tensor([loss / self.ranks, float(stop)], device=self.device)
         dist.all_reduce(both)
         return both[0].item(), both[1].item() > 0
 
     def whole(self, v):
         """A tensor that the ranks share, in one piece; any other as it is."""
-        return v.full_tensor() if isinstance(v, DTensor) else v
+        return v.full_tensor() if hasattr(v, "full_tensor") else v
 
     def share_of(self, v, p):
         """A whole tensor, shared among the ranks as the parameter p is."""
-        return distribute_tensor(v, p.device_mesh, p.placements) if isinstance(p, DTensor) else v
+        if not hasattr(p, "full_tensor"):
+            return v
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(v, p.device_mesh, p.placements)
 
     def end(self):
-        dist.barrier()  # nobody leaves while another still communicates
-        dist.destroy_process_group()
+        if self.ranks > 1:
+            dist.barrier()  # nobody leaves while another still communicates
+            dist.destroy_process_group()

@@ -29,6 +29,7 @@ from checkpoint import (
 )
 from data import seen_before
 from paper import budget
+from paper.distributed import Processes
 
 ROOT = Path(__file__).parents[1]
 RUN = """--preset toy --blocks 2 --d-model 32 --d-state 8 --headdim 16 --attention-heads 4
@@ -118,7 +119,7 @@ def test_a_checkpoint_survives_kill_9_at_any_moment(tmp_path):
     """A child saves one checkpoint after the other until it is killed; each time there is one."""
     lm, encoder = tiny(d_model=128)
     folder, lives = tmp_path / "last", random.Random(0)
-    one = train.OneProcess(torch.device("cpu"))
+    one = Processes("cpu")
     objective = train.Objective(lm, encoder, None, train.TrainConfig())
     named = train.trained_parameters(objective)
     optimizer = train.make_optimizer(objective, train.TrainConfig())

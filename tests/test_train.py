@@ -4,18 +4,21 @@ import json
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_data import some_clips
+from test_data import CODEC, Writer, some_clips
+from test_model import CAPTIONS, tiny
 
 import sample
 import train
 from checkpoint import load_checkpoint, read_config, read_tensors
 from data import seen_before
 from options import entry
+from toy import corpus
 from train import PRESETS, TrainConfig, learning_rate, shape_at
 
 ROOT = Path(__file__).parents[1]
@@ -25,21 +28,21 @@ TINY = """--preset toy --blocks 1 --d-model 32 --d-state 8 --headdim 16 --attent
 
 @pytest.fixture
 def data(tmp_path):
-    from test_data import CODEC, Writer
-
     Writer(tmp_path / "data", CODEC).add(some_clips(20))
     return tmp_path / "data"
 
 
-def run(*args, wait=True, cwd=None):
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd
-    )
-    if not wait:
-        return process
-    out, err = process.communicate()
-    return process.returncode, out, err
+@pytest.fixture
+def run(tmp_path, data, monkeypatch):
+    """Trains a tiny model in this process, without the music at its end -> the run's folder."""
+    monkeypatch.setattr(sample, "main", lambda argv: None)
+
+    def run(*options, out="r"):
+        options = ["--data", data, *TINY, *options, "--out", tmp_path / out]
+        train.main([str(option) for option in options])
+        return tmp_path / out
+
+    return run
 
 
 def losses(folder):
@@ -47,49 +50,95 @@ def losses(folder):
     return [row["loss"] for row in rows if "loss" in row]
 
 
+def stop_after(monkeypatch, steps, number=signal.SIGTERM):
+    """A signal reaches training between this step and the next, which is the last."""
+    real = train.Log.step
+
+    def step(self, step, **row):
+        real(self, step, **row)
+        if step == steps:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(train.Log, "step", step)
+
+
 @pytest.mark.parametrize("variant", ["simba", "transformer"])
-def test_a_resumed_run_has_the_losses_of_one_never_stopped(tmp_path, data, variant):
-    options = ["--variant", variant, "--data", data, "--dropout", "0.3", *TINY]
-    options += ["--valid-every", 30]
-    code, out, err = run(*options, "--steps", 60, "--out", tmp_path / "whole")
-    assert code == 0, err
-    assert "parameters" in out and "FLOPs" in out and "valid" in out
-    assert (tmp_path / "whole/loss.png").stat().st_size > 1000
-    assert list((tmp_path / "whole").glob("*.wav")), "a finished run plays something"
-
-    stopped = run(*options, "--steps", 60, "--out", tmp_path / "cut", wait=False)
-    while not (tmp_path / "cut/log.jsonl").exists() or len(losses(tmp_path / "cut")) < 2:
-        time.sleep(0.02)
-        assert stopped.poll() is None, stopped.communicate()
-    stopped.send_signal(signal.SIGTERM)
-    out, err = stopped.communicate()
-    if stopped.returncode == 130:  # else it was quicker than the signal
-        assert "--resume" in out
-        assert len(losses(tmp_path / "cut")) == read_config(tmp_path / "cut/last")["step"] < 60
-        code, _, err = run("--resume", tmp_path / "cut")
-        assert code == 0, err
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    whole, cut = (read_tensors(tmp_path / f / "last/model.safetensors") for f in ("whole", "cut"))
-    assert all((whole[k] == cut[k]).all() for k in whole)
+def test_a_resumed_run_has_the_losses_of_one_never_stopped(run, monkeypatch, variant, capsys):
+    options = ["--variant", variant, "--dropout", "0.3", "--steps", 8]
+    whole = run(*options, out="whole")
+    stop_after(monkeypatch, 3)
+    with pytest.raises(SystemExit, match="130"):
+        run(*options, out="cut")
+    cut = whole.parent / "cut"
+    assert f"--resume {cut}" in capsys.readouterr().out
+    assert len(losses(cut)) == read_config(cut / "last")["step"] == 4
+    train.main(["--resume", str(cut)])
+    assert losses(cut) == losses(whole) and len(losses(cut)) == 8
+    a, b = (read_tensors(folder / "last/model.safetensors") for folder in (whole, cut))
+    assert all((a[k] == b[k]).all() for k in a)
 
 
-def test_nine_codebooks_train_and_play_and_checkpoints_are_kept(tmp_path, data):
-    code, _, err = run(
-        "--codebooks", 9, "--data", data, *TINY, "--steps", 8, "--keep-every", 4,
-        "--out", tmp_path / "r",
-    )  # fmt: skip
-    assert code == 0, err
+def test_a_run_from_the_shell_writes_all_that_it_promises_and_plays(tmp_path, data):
+    """And SIGTERM ends it as it should; nine codebooks, which are one stage."""
+    options = ["--codebooks", 9, "--data", data, *TINY, "--steps", 8, "--keep-every", 4]
+    command = [sys.executable, ROOT / "train.py", *options, "--out", tmp_path / "r"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for words in ("parameters", "FLOPs", "valid", "best validation loss"):
+        assert words in done.stdout
+    assert (tmp_path / "r/loss.png").stat().st_size > 1000
+    assert list((tmp_path / "r").glob("*.wav")), "a finished run plays something"
     assert [read_config(tmp_path / "r" / f"step-{n}")["step"] for n in (4, 8)] == [4, 8]
     assert load_checkpoint(tmp_path / "r/best").config.codebooks == 9
+
+
+@pytest.mark.parametrize("crop_until", [0.0, 1.0])
+def test_validation_reads_windows_as_long_as_those_of_training(run, monkeypatch, crop_until):
+    """Clips have 60 frames, training reads 34 of them, or 17 where clips never become whole."""
+    lengths = {True: set(), False: set()}  # of training, of validation
+    real = train.token_losses
+
+    def look(lm, encoder, codes, *rest, **options):
+        lengths[lm.training].add(codes.shape[2])
+        return real(lm, encoder, codes, *rest, **options)
+
+    monkeypatch.setattr(train, "token_losses", look)
+    run("--steps", 4, "--crop-until", crop_until)
+    assert lengths[False] == {max(lengths[True])} == {17 if crop_until else 34}
+
+
+def test_validation_is_the_mean_over_all_windows_of_all_clips(data, monkeypatch):
+    monkeypatch.setattr(train, "multiplies_bf16", lambda device: False)
+    lm, encoder = tiny(codebook_size=1024)
+    config = TrainConfig(str(data), seconds=0.2, crop=0.2, compile=False, valid_clips=2, batch=3)
+    objective = train.Objective(lm, encoder, None, config)
+    clips = train.Clips(data, "valid")
+    expected = []
+    for i in range(2):
+        for start in range(0, clips.rows[i]["frames"] - 16, 17):
+            codes = torch.from_numpy(clips.codes(i, start, 17))[None]
+            expected.append(train.token_losses(lm, encoder, codes, [clips.rows[i]["caption"]]))
+    read = SimpleNamespace(valid=clips, describe=lambda row, rng: row["caption"])
+    found = train.validate(lm, objective, read, config)
+    assert found["right"] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
+
+
+def test_overfitting_is_said_at_the_end(run, monkeypatch, capsys):
+    scores = iter([5.0, 1.0, 9.0])
+    names = ("right", "right_1s", "shuffled", "shuffled_1s", "empty", "empty_1s")
+    monkeypatch.setattr(train, "validate", lambda *_: dict.fromkeys(names, next(scores)))
+    monkeypatch.setattr(train.Log, "recent_loss", lambda self: 0.75)
+    folder = run("--steps", 12)
+    out = capsys.readouterr().out
+    assert "best validation loss 1.000 nats per token, at step 8" in out
+    assert f"training loss is 0.250 lower; {folder}/best plays" in out
+    assert read_config(folder / "best")["step"] == 8
 
 
 def test_fine_tuning_keeps_weights_shape_and_sampling_options_of_its_checkpoint(
     tmp_path, data, monkeypatch
 ):
-    import sample
-
     monkeypatch.setattr(sample, "main", lambda argv: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's handlers stay
     train.main(
         f"--data {data} --init-from toy --out {tmp_path / 'r'} --seconds 0.4 --crop 0.4 "
         "--valid-clips 2 --steps 1 --lr 1e-30".split()
@@ -124,8 +173,6 @@ def test_fine_tuning_needs_data_of_the_checkpoints_codec(tmp_path, data):
 
 
 def test_a_batch_is_learned_by_heart():
-    from test_model import CAPTIONS, tiny
-
     lm, encoder = tiny(dropout=0.0)
     codes = torch.randint(50, (4, 1, 16), generator=torch.Generator().manual_seed(0))
     objective = train.Objective(lm, encoder, None, TrainConfig(lr=1e-2, compile=False))
@@ -141,8 +188,6 @@ def test_a_batch_is_learned_by_heart():
 
 
 def test_weight_decay_spares_vectors_and_biases_and_the_text_encoder_has_its_own_rate():
-    from test_model import tiny
-
     lm, encoder = tiny(mixer="einfft")
     config = TrainConfig(lr=1e-3, train_text_encoder=1e-4)
     objective = train.Objective(lm, encoder, None, config)
@@ -159,13 +204,9 @@ def test_weight_decay_spares_vectors_and_biases_and_the_text_encoder_has_its_own
     assert decayed and all(p.ndim >= 2 for p in decayed)
 
 
-def test_a_frozen_text_encoder_stays_as_it_was(tmp_path, data):
-    from toy import corpus
-
-    options = ["--data", data, *TINY, "--steps", 2, "--train-text-encoder", 0]
-    code, _, err = run(*options, "--out", tmp_path / "r")
-    assert code == 0, err
-    trained = train.load_text_encoder(tmp_path / "r/best").state_dict()
+def test_a_frozen_text_encoder_stays_as_it_was(run):
+    folder = run("--steps", 2, "--train-text-encoder", 0)
+    trained = train.load_text_encoder(folder / "best").state_dict()
     assert all((trained[k] == v).all() for k, v in corpus.text_encoder().state_dict().items())
 
 
@@ -195,8 +236,6 @@ def test_samples_are_counted_without_gaps():
 
 
 def test_presets_name_real_options():
-    from dataclasses import fields
-
     known = {f.name for kind in (train.LMConfig, TrainConfig) for f in fields(kind)}
     assert all(set(preset) <= known for preset in PRESETS.values())
 
@@ -226,29 +265,27 @@ def test_bad_options_get_one_sentence(tmp_path, data, options, sentence, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_not_overwritten(tmp_path, data):
-    (tmp_path / "run/last").mkdir(parents=True)
-    (tmp_path / "run/last/trainer.safetensors").touch()
+def test_a_run_is_not_overwritten(tmp_path, run):
+    (tmp_path / "r/last").mkdir(parents=True)
+    (tmp_path / "r/last/trainer.safetensors").touch()
     with pytest.raises(ValueError, match="--resume"):
-        train.main(["--data", str(data), "--out", str(tmp_path / "run")])
+        run("--steps", 2)
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, data, monkeypatch):
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, run):
     """Its log goes, the last line of which may be half a line; and Ctrl-C is the shell's again."""
-    monkeypatch.setattr(sample, "main", lambda argv: None)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/log.jsonl").write_text('{"step": 1, "loss": 99.0}\n{"step": 2, "lo')
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/log.jsonl").write_text('{"step": 1, "loss": 99.0}\n{"step": 2, "lo')
     before = signal.getsignal(signal.SIGINT)
-    train.main(["--data", str(data), *TINY, "--steps", "4", "--out", str(tmp_path / "run")])
-    assert len(losses(tmp_path / "run")) == 4 and max(losses(tmp_path / "run")) < 99
+    folder = run("--steps", 4)
+    assert len(losses(folder)) == 4 and max(losses(folder)) < 99
     assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_refiner_trains_on_a_gpu(tmp_path):
     options = "--layers 1 --d-model 32 --d-state 8 --headdim 16 --steps 2 --valid-clips 2"
-    code, _, err = run("--variant", "refiner", *options.split(), "--out", tmp_path / "r")
-    assert code == 0, err
+    train.main(["--variant", "refiner", *options.split(), "--out", str(tmp_path / "r")])
 
 
 def test_help_teaches(capsys):
@@ -259,36 +296,30 @@ def test_help_teaches(capsys):
         assert words in text
 
 
-def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, data, monkeypatch, capsys):
-    monkeypatch.setattr(train, "refiner_loss", None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's handlers stay
+def test_ten_bad_steps_in_a_row_stop_the_run(run, monkeypatch, capsys):
     losses = train.token_losses
-    monkeypatch.setattr(train, "token_losses", lambda *a: losses(*a) * float("inf"))
+    infinite = lambda *parts, **options: losses(*parts, **options) * float("inf")
+    monkeypatch.setattr(train, "token_losses", infinite)
     with pytest.raises(ValueError, match="10 bad steps"):
-        options = [*TINY, "--steps", "30", "--valid-every", "30", "--out", str(tmp_path / "r")]
-        train.main(["--data", str(data), *options])
-    assert capsys.readouterr().out.count("skipped") == 10
+        run("--steps", 30, "--valid-every", 30)
+    assert capsys.readouterr().out.count("skipped") == 9
 
 
-def test_a_run_that_diverges_says_so(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+def test_a_run_that_diverges_says_so(run, monkeypatch):
     scores = dict(right=float("nan"), shuffled=1.0, empty=1.0)
     monkeypatch.setattr(train, "validate", lambda *_: scores)
     with pytest.raises(ValueError, match="diverged: validation loss nan"):
-        train.main(["--data", str(data), *TINY, "--steps", "4", "--out", str(tmp_path / "r")])
+        run("--steps", 4)
 
 
-def test_the_averaged_weights_are_the_average_and_are_what_is_validated_and_kept(
-    tmp_path, data, monkeypatch
-):
-    monkeypatch.setattr(sample, "main", lambda argv: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+def test_the_averaged_weights_are_the_average_and_are_what_is_validated_and_kept(run, monkeypatch):
     seen, validated = [], []
     update, validate = train.Trainer.update, train.validate
 
-    def spy(trainer):
-        update(trainer)
+    def spy(trainer, rate):
+        norm = update(trainer, rate)
         seen.append(trainer.objective.model.heads[0].weight.detach().clone())
+        return norm
 
     def look(model, *rest):
         validated.append(model.heads[0].weight.detach().clone())
@@ -296,56 +327,44 @@ def test_the_averaged_weights_are_the_average_and_are_what_is_validated_and_kept
 
     monkeypatch.setattr(train.Trainer, "update", spy)
     monkeypatch.setattr(train, "validate", look)
-    options = [*TINY, "--steps", "4", "--ema", "0.5", "--out", str(tmp_path / "r")]
-    train.main(["--data", str(data), *options])
+    folder = run("--steps", 4, "--ema", 0.5)
     average = seen[0]
     for weight in seen[1:]:
         average = 0.5 * average + 0.5 * weight
     torch.testing.assert_close(validated[-1], average)
-    stored = read_tensors(tmp_path / "r/last/model.safetensors")["lm.heads.0.weight"]
+    stored = read_tensors(folder / "last/model.safetensors")["lm.heads.0.weight"]
     assert torch.equal(stored, validated[-1]) and not torch.equal(stored, seen[-1])
 
 
-def test_the_text_encoder_learns_at_its_own_rate(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(sample, "main", lambda argv: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+def test_the_text_encoder_learns_at_its_own_rate(run, monkeypatch):
     rates, update = [], train.Trainer.update
 
-    def spy(trainer):
+    def spy(trainer, rate):
+        norm = update(trainer, rate)
         rates.append({g["lr"] for g in trainer.optimizer.param_groups})
-        update(trainer)
+        return norm
 
     monkeypatch.setattr(train.Trainer, "update", spy)
-    options = [*TINY, "--steps", "3", "--lr", "1e-3", "--train-text-encoder", "1e-4"]
-    train.main(["--data", str(data), *options, "--out", str(tmp_path / "r")])
+    run("--steps", 3, "--lr", 1e-3, "--train-text-encoder", 1e-4)
     assert sorted(rates[1]) == pytest.approx([1e-4, 1e-3])  # the warm-up has two steps
 
 
-def test_a_run_is_not_resumed_on_other_data(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(sample, "main", lambda argv: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    train.main(["--data", str(data), *TINY, "--steps", "4", "--out", str(tmp_path / "r")])
-    manifest = data / "manifest.jsonl"
-    lines = manifest.read_text().splitlines()
-    manifest.write_text("\n".join(lines[1:]) + "\n")
-    with pytest.raises(ValueError, match="has changed since"):
-        train.main(["--resume", str(tmp_path / "r")])
-
-
-def test_two_runs_do_not_share_a_folder(tmp_path, data):
-    lock = train.lock_folder(tmp_path / "r")
-    code, _, err = run("--data", data, *TINY, "--steps", 2, "--out", tmp_path / "r")
-    assert code == 2 and "another process is writing" in err
-    lock.close()
-
-
-def test_a_damaged_log_is_named(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(sample, "main", lambda argv: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    train.main(["--data", str(data), *TINY, "--steps", "4", "--out", str(tmp_path / "r")])
-    (tmp_path / "r/log.jsonl").write_text("[1]\nnonsense\n")
+def test_a_run_is_not_resumed_on_other_data_or_with_a_damaged_log(run, data):
+    folder = run("--steps", 4)
+    (folder / "log.jsonl").write_text("[1]\nnonsense\n")
     with pytest.raises(ValueError, match="log.jsonl is damaged"):
-        train.main(["--resume", str(tmp_path / "r")])
+        train.main(["--resume", str(folder)])
+    manifest = data / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().split("\n", 1)[1])
+    with pytest.raises(ValueError, match="has changed since"):
+        train.main(["--resume", str(folder)])
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, run):
+    lock = train.lock_folder(tmp_path / "r")
+    with pytest.raises(ValueError, match="another process is writing"):
+        run("--steps", 2)
+    lock.close()
 
 
 def test_training_on_real_data_loads_no_composer(tmp_path, data):
@@ -361,6 +380,7 @@ def test_training_on_real_data_loads_no_composer(tmp_path, data):
 
 def test_a_refiner_is_distilled(tmp_path):
     options = "--variant refiner --steps 1 --batch 2 --valid-every 1 --valid-clips 2".split()
+    options += "--seconds 0.5 --crop 0.5".split()
     with pytest.raises(ValueError, match="--distill needs --init-from"):
         train.main([*options, "--distill"])
     with pytest.raises(ValueError, match="--distill is for --variant refiner"):
@@ -368,11 +388,11 @@ def test_a_refiner_is_distilled(tmp_path):
     run = train.parse_arguments(
         [*options, "--init-from", "toy", "--distill", "--out", str(tmp_path)]
     )
-    train.train(*run[:3], train.join_processes("cpu"))
+    train.train(*run[:3], train.Processes("cpu"))
     stored = read_config(tmp_path / "last")["sampling"]
     assert stored["guidance"] == stored["sketch_guidance"] == 1
 
     more = ["--init-from", str(tmp_path / "last"), "--out", str(tmp_path / "again")]
     run = train.parse_arguments([*options, *more])  # on data, not on a teacher
-    train.train(*run[:3], train.join_processes("cpu"))
+    train.train(*run[:3], train.Processes("cpu"))
     assert read_config(tmp_path / "again/last")["sampling"] == {}
