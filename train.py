@@ -102,6 +102,13 @@ PRESETS = {
     "paper": dict(recompute=6),
     "authors": dict(recompute=6, label_smoothing=0.1, warmup=500),  # as their code has it
     "large": dict(blocks=40, d_model=1536, attention_heads=12, recompute=30, fsdp=True),
+    "medium": dict(  # 103 M parameters: some tens of hours of music
+        blocks=16, d_model=768, d_state=256, steps=40_000, batch=8, accumulate=8, lr=2e-4,
+    ),
+    "small": dict(  # 29 M: some hours
+        blocks=10, d_model=512, d_state=128, steps=20_000, batch=16, accumulate=2, lr=3e-4,
+        valid_every=500,
+    ),
     "toy": dict(
         text_encoder="toy", train_text_encoder=5e-4, blocks=4, d_model=128, d_state=32, headdim=32,
         chunk=32, init="memory", clock="beat", d_text=128, attention_heads=4, dropout=0.0,
@@ -114,6 +121,14 @@ REFINER_PRESETS = {
     "paper": dict(
         steps=200_000, seconds=10.0, crop=10.0, batch=16, accumulate=4, lr=2e-4,
         caption_dropout=0.2, ema=0.9999,
+    ),
+    "medium": dict(  # 23 M
+        layers=10, d_model=384, steps=80_000, seconds=10.0, crop=10.0, batch=16, accumulate=2,
+        lr=3e-4, caption_dropout=0.2, ema=0.9995,
+    ),
+    "small": dict(  # 9 M
+        layers=8, d_model=256, steps=40_000, seconds=10.0, crop=10.0, batch=16, accumulate=1,
+        lr=4e-4, caption_dropout=0.2, ema=0.999,
     ),
     "toy": dict(
         text_encoder="toy", layers=6, d_model=128, d_state=32, headdim=32, chunk=32, d_text=128,
