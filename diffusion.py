@@ -1,12 +1,12 @@
 """The second stage: from the first codebook to all nine, by diffusion.
 
-The language model writes a sketch, one code a frame, and keeps the rhythm, the timbre and the form
-of the music in it. This model paints: given the sketch and the text, it makes codebooks 2 ... 9 of
-all frames at once, by starting from noise and removing it in a few steps. Whatever wrote the
-sketch, a model of any kind or the codec itself, it stays as it is (SSMTTM III-B, eq. 4).
+The language model writes a sketch, one code a frame, which holds the rhythm and the form of the
+music. This model paints: given the sketch and the text, it makes codebooks 2 ... 9 of all frames at
+once, by starting from noise and removing it in a few steps. The sketch stays as it is (SSMTTM
+III-B, eq. 4). docs/refiner.md says why each part is as it is.
 
     1  the noise       a schedule, three ways to say the same thing, one step backwards
-    2  the layers      BiMamba2, an SSD that looks both ways; a layer told the time (adaLN)
+    2  the layers      BiMamba2, an SSD that looks both ways; a layer with time and text (adaLN)
     3  the model       RefinerConfig, Refiner, and what it is trained for: `refiner_loss`
     4  refining        `refine`: codes in, codes out, window by window, any length
 
@@ -44,43 +44,32 @@ from options import check, option
 # 1  The noise
 #
 # x_0 is what we want: the vectors of the fine codes, scaled so that every channel has variance one.
-# Mix it with noise e of the same variance, and the mixture has variance one as well if
+# It is mixed with noise e of the same variance, and the mixture has variance one as well:
 #
 #     x_t = a_t x_0 + b_t e          a_t^2 + b_t^2 = 1          t = 0 (clean) ... T (noise)
 #
-# a and b are a cosine and a sine: as t runs from 0 to T, x_t turns from x_0 to e at about constant
-# speed. (Exactly, a_t^2 is a product of 1 - beta_t with no beta above 0.999, so that even at T a
-# trace of x_0 is left and no step divides by zero: Nichol & Dhariwal, arXiv 2102.09672, eq. 17.)
-#
-# A network that sees x_t and t can be asked for x_0, or for e, or for any mixture of them, and each
-# answer gives the others. Asked for x_0 it has nothing to do at t = 0, asked for e nothing at T.
-# We ask for the direction in which x_t turns (Salimans & Ho, arXiv 2202.00512):
+# As t runs from 0 to T, x_t turns from x_0 to e at about constant speed (Nichol & Dhariwal, arXiv
+# 2102.09672, eq. 17). The network predicts the direction in which x_t turns (Salimans & Ho, arXiv
+# 2202.00512), because that is about equally hard at all times:
 #
 #     v = a_t e - b_t x_0        so that        x_0 = a_t x_t - b_t v,        e = b_t x_t + a_t v
 #
-# for (x_0, e) -> (x_t, v) is a rotation, and the second pair is the rotation back. The task is then
-# equally hard at all times, and no error is blown up by a division.
+# One step back, to an earlier s < t, with z fresh noise:
 #
-# Going back. Suppose that the network has told x_0 and e, and we want x_s for an earlier s < t.
+#     x_s = a_s x_0 + sqrt(b_s^2 - n^2) e + n z
 #
-#     x_s = a_s x_0 + sqrt(b_s^2 - n^2) e + n z          z fresh noise
-#
-# has the right variance for any n up to b_s. With n = 0 nothing is left to chance after the first
-# x_T: this is DDIM (Song et al., arXiv 2010.02502), and as its path is smooth, it may take long
-# strides. With
+# With n = 0 nothing is random after the first x_T. This is DDIM (Song et al., arXiv 2010.02502),
+# which may take long strides. With
 #
 #     n^2 = (b_s^2 / b_t^2) (1 - a_t^2 / a_s^2)
 #
-# x_s is drawn from q(x_s | x_t, x_0), Bayes' answer to what came before x_t: this is DDPM (Ho et
-# al., SSMTTM [46]), which forgets its old errors in the fresh noise, and wants every step.
-#
-# The network's x_0 is a mean over all that it thinks possible, so at large t it is blurred, and
-# grows sharp as x_t does. At the end every vector snaps to an entry of its codebook (`snap`, in
-# codec.py).
+# x_s is drawn from q(x_s | x_t, x_0), Bayes' answer to what came before x_t. This is DDPM (Ho et
+# al., SSMTTM [46]), which corrects old errors with fresh noise, and needs every step.
 
 
 def cosine_schedule(T, s=0.008, most=0.999):
-    """a_t^2 for t = 0 ... T: (T + 1,) float64, from 1 down to nearly 0."""
+    """a_t^2 for t = 0 ... T: (T + 1,) float64, from 1 down to nearly 0, so that no step divides
+    by zero."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((t + s) / (1 + s) * math.pi / 2).square()
     beta = (1 - f[1:] / f[:-1]).clamp(max=most)
@@ -97,7 +86,7 @@ def turn_back(x, v, a, b):
     return a * x - b * v, b * x + a * v
 
 
-def denoise(predict, x, schedule, steps, generator=None, known=None, limit=None):
+def denoise(predict, x, schedule, steps, generator=None, known=None, limit=math.inf):
     """From noise x (B, C, L) to x_0 in `steps` steps: DDPM if they are all T of them, else DDIM.
 
     predict(x_t, t) -> v, with t an int; generator: of the noise on the way; known (B, C, k): the
@@ -115,10 +104,9 @@ def denoise(predict, x, schedule, steps, generator=None, known=None, limit=None)
     for t, s in zip(stops, stops[1:]):
         if k:
             x = torch.cat([a[t] * known + b[t] * fixed, x[..., k:]], 2)
-        x0, e = turn_back(x, predict(x, t), a[t], b[t])
-        if limit is not None:
-            x0 = x0.clamp(-limit, limit)
-            e = (x - a[t] * x0) / b[t]
+        x0, _ = turn_back(x, predict(x, t), a[t], b[t])
+        x0 = x0.clamp(-limit, limit)
+        e = (x - a[t] * x0) / b[t]
         n = b[s] / b[t] * math.sqrt(1 - (a[t] / a[s]) ** 2) if steps == T else 0.0
         x = a[s] * x0 + math.sqrt(max(b[s] ** 2 - n**2, 0)) * e
         if n:
@@ -322,10 +310,8 @@ def refiner_loss(
     device = codes.device
     draw = lambda *shape: torch.rand(*shape, generator=generator).to(device)
     x0, coarse = refiner.signal(codec, codes.clamp(max=config.codebook_size - 1))
-    # Times spread evenly over the batch, and dense in the noise, as t^2. There, where one frame
-    # tells nothing and only many together do, it is decided what the music will be; what the
-    # network has not learned there comes out as a sample too near the mean. Little is to be learned
-    # from little noise, for the vectors snap to codes anyhow.
+    # Times are spread evenly over the batch, and dense in the noise, as t^2: that decides what the
+    # music will be. Little is left to learn at low noise, because vectors snap to codes.
     u = (draw(B) + torch.arange(B, device=device)) / B
     t = (config.timesteps * u ** (1 / 3)).long().clamp(max=config.timesteps - 1) + 1
     noise = torch.randn(x0.shape, generator=generator).to(device)
@@ -337,9 +323,8 @@ def refiner_loss(
         sketch_dropout = 0.0
         v = teacher(x, t, coarse, text, encoder.pooled([""]).expand_as(text))
     found = refiner(x, t, coarse, text, draw(B) >= sketch_dropout)
-    # The coarser a codebook, the farther apart its entries, and the more of the sound it decides:
-    # by this its errors count. Squares, because their minimum is the mean, as the sampler needs it;
-    # the median, which absolute errors lead to, makes music that is too calm.
+    # The entries of coarse codebooks lie farther apart and decide more of the sound: their errors
+    # count more. They are squared because the minimum is then the mean, which the sampler needs.
     weight = 1 / refiner.scale[1:].flatten(0, 1)  # (C, 1)
     error = (found.float() - v).square() * (weight / weight.mean())
     return (error * real).sum() / (real.sum() * x0.shape[1])
@@ -348,8 +333,8 @@ def refiner_loss(
 # ------------------------------------------------------------------------------------------------
 # 4  Refining
 
-# Of a window, the shares that it takes over from the one before, to go on from, and that are made
-# only to be looked at, and made anew.
+# Shares of a window: frames that are taken over from the window before, and frames that are painted
+# only as a look ahead and then painted again.
 KNOWN, AHEAD = 1 / 8, 1 / 16
 
 
@@ -361,10 +346,10 @@ def refine(
     """Pieces (1, l) of codebook 1, cut anywhere -> pieces (K, l) of all codebooks, whose first row
     is what was given. As many frames come out as went in.
 
-    Music of any length is refined in windows as long as the clips of training (over longer ones the
-    result is too close to the mean), in constant memory. The first frames of a window are the last
-    of the window before: they are held fixed at every step and the others continue them, as in
-    inpainting. In the same way all of it continues `heard` (K, T), which is not yielded.
+    Music is refined in windows as long as the clips of training, in constant memory. The first
+    frames of a window are the last of the window before: they are held fixed at every step and the
+    others continue them, as in inpainting. In the same way all of it continues `heard` (K, T),
+    which is not yielded.
 
     steps: see `denoise`; guidance: see `guided`. The same arguments give the same codes.
     """

@@ -12,9 +12,8 @@
   CLAP  does each clip fit its own words? A cosine, higher is better
 
 Offline the toy world's judge listens (toy/judge.py), and hears whether genre, lead, tempo, key and
-mood are as asked. With --musiccaps the paper's networks listen (paper/embedders.py). A table starts
-with real clips, which show how reliable the metrics are, and with those clips in all codebooks
-(codec-9) and in the first alone (codec-1), the limits for a model of such tokens. Brackets are 95%
+mood are as asked. With --musiccaps the paper's networks listen (paper/embedders.py). Real clips, as
+they are and through the codec (codec-9, codec-1), show how good a system can be. Brackets are 95%
 intervals. Samples are kept in out/eval, so an interrupted run continues.
 
 N clips, W frames of a clip's embedding, D its size, C tags, K codebooks, T frames of tokens
@@ -23,7 +22,6 @@ N clips, W frames of a clip's embedding, D its size, C tags, K codebooks, T fram
 import csv
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -34,9 +32,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy.spatial.distance import pdist
+from scipy.special import rel_entr
 from tqdm import tqdm
 
-from audio import read_audio, write_audio, write_text
+from audio import read_audio, replacing, write_audio, write_text
 from checkpoint import read_config
 from codec import load_codec
 from options import check_value, entry, new_parser
@@ -58,21 +59,22 @@ def frechet_distance(x, y):
 
         |mu_x - mu_y|^2 + Tr(S_x + S_y - 2 (S_x S_y)^(1/2))
 
-    is the least mean squared displacement that turns one Gaussian into the other, 0 where the two
-    agree. No root is taken: its unit is that of the embedding, squared. Covariances are over n - 1.
+    is the least mean squared displacement that turns one Gaussian into the other. No root is taken:
+    its unit is that of the embedding, squared. Covariances are over n - 1.
 
-    It compares sets, not clips. One clip repeated scores badly, however good the clip is; a system
-    that ignores its prompts can score well. x and y hold the *frames* of all files, not a mean for
-    each file. With few frames the distance is too large, because a set of n points seems flatter
-    than it is: compare only figures over equally many clips, of the same embedding and windows.
-    Mono that is embedded twice, as left and right, has exactly twice the distance.
-
-    ValueError if a side has less than two frames.
+    x and y hold the *frames* of all files, not a mean for each file. Few frames make the distance
+    too large, because a set of n points seems flatter than it is: compare only figures over equally
+    many clips, of the same embedding and windows. Mono that is embedded twice, as left and right,
+    has exactly twice the distance. ValueError if a side has less than two frames.
     """
     if len(x) < 2 or len(y) < 2:
         raise ValueError(f"a Fréchet distance needs two frames a side, not {len(x)} and {len(y)}")
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    return _frechet(x.mean(0), np.atleast_2d(np.cov(x.T)), y.mean(0), np.atleast_2d(np.cov(y.T)))
+    return _frechet(*gaussian(x), *gaussian(y))
+
+
+def gaussian(x):
+    x = np.asarray(x, np.float64)
+    return x.mean(0), np.atleast_2d(np.cov(x.T))
 
 
 def _frechet(mean_x, cov_x, mean_y, cov_y):
@@ -97,12 +99,7 @@ def kl_divergences(p, q, eps=1e-6):
     p, q = np.asarray(p, np.float64), np.asarray(q, np.float64)
     if p.shape != q.shape:
         raise ValueError(f"tag distributions come in pairs, not {p.shape} and {q.shape}")
-    return np.where(p > 0, p * (np.log(np.where(p > 0, p, 1)) - np.log(q + eps)), 0).sum(-1)
-
-
-def kl_divergence(p, q, eps=1e-6):
-    """The mean over clips of KL(generated || reference); see kl_divergences."""
-    return float(kl_divergences(p, q, eps).mean())
+    return rel_entr(p, q + eps).sum(-1)
 
 
 def clap_scores(audio, text):
@@ -112,57 +109,39 @@ def clap_scores(audio, text):
     match, 0 no relation. Real clips stay far below 1: compare with those. The figure depends on the
     checkpoint, the sample rate and the windows; published ones differ by a factor of two.
     """
-    audio, text = (np.asarray(x, np.float64) for x in (audio, text))
-    norms = np.linalg.norm(audio, axis=1) * np.linalg.norm(text, axis=1)
-    return (audio * text).sum(1) / np.maximum(norms, 1e-12)
+    return F.cosine_similarity(torch.as_tensor(audio), torch.as_tensor(text)).numpy()
 
 
 def diversity(groups):
     """Mean distance (1 - cosine) between samples of one prompt. groups: for each prompt the
     embeddings (n, D) of its samples -> (prompts,). A model that always plays the same has 0."""
-    found = []
-    for x in groups:
-        x = np.asarray(x, np.float64)
-        x = x / np.linalg.norm(x, axis=1, keepdims=True)
-        found.append(1 - (x @ x.T)[np.triu_indices(len(x), 1)].mean())
-    return np.array(found)
+    return np.array([pdist(x, "cosine").mean() for x in groups])
 
 
 def longest_copies(clips, training):
     """How many tokens in a row each clip shares with some place in the training set.
 
     clips, training: lists of 1-D arrays of first-codebook tokens -> (len(clips),) ints.
-
-    A suffix array: the suffixes of all clips are sorted by doubling (ranks of their first 1, 2, 4
-    ... tokens). The best match of a suffix is then the next training suffix before or after it.
     """
-    clips, training = ([np.asarray(c, np.int64) for c in side] for side in (clips, training))
-    # Every clip has an end of its own, which matches nothing.
-    text = np.concatenate([np.append(c, -1 - i) for i, c in enumerate(clips + training)])
-    ends = np.cumsum([len(c) + 1 for c in clips])
-    ranks = [np.unique(text, return_inverse=True)[1].astype(np.int32)]
-    length = 1  # ranks[-1] orders the suffixes by so many tokens
-    while length < max(map(len, clips)):
-        first = ranks[-1].astype(np.int64)
-        second = np.pad(first[length:], (0, length), constant_values=-1)
-        both = first * (len(text) + 1) + second
-        ranks.append(np.unique(both, return_inverse=True)[1].astype(np.int32))
-        length *= 2
-    order = np.argsort(ranks[-1], kind="stable")
-    begin = ends[-1]  # of the training set in the text
-    place = np.arange(len(text))
-    before = np.maximum.accumulate(np.where(order >= begin, place, -1))
-    after = np.minimum.accumulate(np.where(order >= begin, place, len(text))[::-1])[::-1]
-    best = np.zeros(begin, np.int64)
-    for neighbour in (before, after):
-        there = (order < begin) & (neighbour >= 0) & (neighbour < len(text))
-        suffix = order[there]
-        a, b = suffix, order[neighbour[there]]
-        for k in reversed(range(len(ranks))):  # do the next 2^k tokens agree?
-            same = (ranks[k][a] == ranks[k][b]).astype(np.int64) << k
-            a, b = a + same, b + same
-        np.maximum.at(best, suffix, a - suffix)
-    return np.maximum.reduceat(best, np.r_[0, ends[:-1]])
+    text = np.concatenate([np.append(clip, -1) for clip in training])  # -1 is in no clip
+    places = np.argsort(text, kind="stable")
+    tokens, first = np.unique(text[places], return_index=True)
+    places = dict(zip(tokens.tolist(), np.split(places, first[1:])))
+    nowhere = np.empty(0, np.int64)
+    longest = []
+    run = np.zeros(len(text), np.int32)  # of the clip's last tokens, so many end at this place
+    for clip in clips:
+        best, before = 0, nowhere
+        for token in clip.tolist():
+            here = places.get(token, nowhere)
+            lengths = run[here - 1] + 1  # the last place, -1, is in no run
+            run[before] = 0
+            run[here] = lengths
+            best = max(best, lengths.max(initial=0))
+            before = here
+        run[before] = 0
+        longest.append(best)
+    return np.array(longest)
 
 
 def interval(values, statistic=np.mean, draws=500, seed=0):
@@ -177,14 +156,8 @@ def frechet_interval(files, reference, draws=100, seed=0):
     """The bootstrap interval of a Fréchet distance of pooled frames. Files, a list of (W, D), are
     drawn with replacement; the reference (M, D) stays as it is."""
     rng = np.random.default_rng(seed)
-    reference = np.asarray(reference, np.float64)
-    theirs = reference.mean(0), np.cov(reference.T)
-    files = [np.asarray(f, np.float64) for f in files]
-
-    def distance(picks):
-        x = np.concatenate([files[i] for i in picks])
-        return _frechet(x.mean(0), np.cov(x.T), *theirs)
-
+    theirs = gaussian(reference)
+    distance = lambda picks: _frechet(*gaussian(np.concatenate([files[i] for i in picks])), *theirs)
     found = [distance(rng.integers(len(files), size=len(files))) for _ in range(draws)]
     return around(distance(range(len(files))), found)
 
@@ -204,18 +177,17 @@ def music(system, prompts, seconds, task=None):
     kind = type_of(system)
     if kind == "audio":
         return answers_in(Path(system), len(prompts)), None
+    play, version = compose, fingerprint
     if kind == "codec":
         play = functools.partial(through_codec, task=task)
-        version = hashlib.sha1(task.codes.tobytes()).hexdigest()
+        version = lambda system: hashlib.sha1(task.codes.tobytes()).hexdigest()
     elif kind == "musicgen":
         from paper.musiccaps import musicgen as play
 
-        version = system
-    else:
-        play, version = compose, fingerprint(system)
-    key = hashlib.sha1(json.dumps([version, prompts, seconds]).encode()).hexdigest()[:10]
+        version = str
+    key = json.dumps([version(system), prompts, seconds])
     slug = re.sub(r"\W+", "-", str(system)).strip("-")[-40:]
-    folder = CACHE / f"{slug}-{key}"
+    folder = CACHE / f"{slug}-{hashlib.sha1(key.encode()).hexdigest()[:10]}"
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:03}.wav" for i in range(len(prompts))]
     missing = [i for i, file in enumerate(files) if not file.exists()]
@@ -283,10 +255,8 @@ def answers_in(folder, count):
     files = [p for p in folder.iterdir() if p.stem.isdigit() and p.suffix.lower() in AUDIO]
     numbered = {int(p.stem): p for p in files}
     if missing := [i for i in range(count) if i not in numbered]:
-        raise ValueError(
-            f"{folder} lacks {len(missing)} of {count} clips, such as {missing[0]:03}.wav: clip NNN"
-            f" answers line NNN (from 0) of {CACHE / 'prompts.txt'}"
-        )
+        lack = f"{folder} lacks {len(missing)} of {count} clips, such as {missing[0]:03}.wav"
+        raise ValueError(f"{lack}: clip NNN is for line NNN (from 0) of {CACHE / 'prompts.txt'}")
     return [numbered[i] for i in range(count)]
 
 
@@ -339,7 +309,7 @@ def measure(systems, ruler, task) -> dict:
     CACHE.mkdir(parents=True, exist_ok=True)
     write_text(CACHE / "prompts.txt", "".join(f"{caption}\n" for caption in captions))
     table = {"real clips": judged(ruler, task, task.real, captions, every_factor=True)}
-    tokens = {"real clips": task.codes[:, 0]}
+    tokens = {"real clips": task.codes[:, 0]}  # {row: tokens of codebook 1}
     for system in dict.fromkeys([f"codec-{task.codes.shape[1]}", "codec-1", *map(str, systems)]):
         is_player = type_of(system) in ("checkpoint", "musicgen")  # others have a single answer
         kinds = [*task.prompts] if is_player else [first]
@@ -356,8 +326,11 @@ def measure(systems, ruler, task) -> dict:
                 table[row]["diversity"] = mean(diversity(heard.embedding.split(counts)))
     if task.repeated:
         table["real clips"]["diversity"] = mean(diversity(task.repeated.values()))
-    if task.training:
-        count_copies(table, tokens, task.training)
+    if task.training:  # held notes repeat a token, so real clips share long runs as well
+        training = [task.training.codes(i)[0] for i in range(len(task.training))]
+        for row, clips in tokens.items():
+            if clips is not None:
+                table[row]["copied"] = mean(longest_copies(clips, training))
     return table
 
 
@@ -379,17 +352,6 @@ def judged(ruler, task, heard, captions, every_factor=False) -> dict:
     return cells
 
 
-def count_copies(table, tokens, training):
-    """Adds the column "copied": how many tokens of codebook 1 in a row are in the training set.
-    Held notes repeat a token, so real clips share long runs as well."""
-    tokens = {row: clips for row, clips in tokens.items() if clips is not None}
-    clips = [clip for some in tokens.values() for clip in some]
-    runs = longest_copies(clips, [training.codes(i)[0] for i in range(len(training))])
-    for row, some in tokens.items():
-        table[row]["copied"] = mean(runs[: len(some)])
-        runs = runs[len(some) :]
-
-
 def report(name, title, table, about) -> str:
     """Prints a table {row: {column: Cell}}, and writes it to results/NAME.md and NAME.csv, where
     the ends of an interval have columns of their own -> the text."""
@@ -402,11 +364,14 @@ def report(name, title, table, about) -> str:
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     text = f"{title}\n\n{text}\n\n{about}\n"
     print("\n" + text)
-    (RESULTS / name).parent.mkdir(parents=True, exist_ok=True)
-    write_text(RESULTS / f"{name}.md", text)
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(sheet)
-    write_text(RESULTS / f"{name}.csv", file.getvalue())
+    file = RESULTS / f"{name}.md"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
+    with (
+        replacing(file.with_suffix(".csv")) as part,
+        open(part, "w", encoding="utf-8", newline="") as out,
+    ):
+        csv.writer(out, lineterminator="\n").writerows(sheet)
     return text
 
 
@@ -430,9 +395,9 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     args.systems = args.systems or [os.path.relpath(SHIPPED)]
     for system in args.systems:
-        if type_of(system) == "checkpoint":
-            for folder in set(stages(system)) - {"", "none"}:
-                read_config(folder)  # ValueError if there is none
+        folders = stages(system) if type_of(system) == "checkpoint" else ()
+        for folder in set(folders) - {"", "none"}:
+            read_config(folder)  # ValueError if there is none
     check_value("count", args.count, "[2, inf)")
     for seconds in args.seconds:
         check_value("seconds", seconds, "(0, inf)")
