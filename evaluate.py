@@ -102,6 +102,11 @@ def kl_divergences(p, q, eps=1e-6):
     return rel_entr(p, q + eps).sum(-1)
 
 
+def kl_divergence(p, q, eps=1e-6) -> float:
+    """The mean over clips of KL(generated || reference), in nats; see `kl_divergences`."""
+    return float(kl_divergences(p, q, eps).mean())
+
+
 def clap_scores(audio, text):
     """Cosines (N,) between embeddings of clips (N, D) and of their own captions (N, D).
 

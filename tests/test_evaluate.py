@@ -24,6 +24,7 @@ from evaluate import (
     frechet_distance,
     frechet_interval,
     interval,
+    kl_divergence,
     kl_divergences,
     longest_copies,
 )
@@ -77,6 +78,7 @@ def test_mono_duplicated_to_stereo_doubles_the_frechet_distance():
 def test_kl_is_generated_from_reference():
     p, q = np.array([[0.5, 0.5, 0.0]]), np.array([[0.25, 0.25, 0.5]])
     assert kl_divergences(p, q) == pytest.approx(np.log(2), abs=1e-5)  # 2 * 0.5 log(0.5 / 0.25)
+    assert kl_divergence(p, q) == kl_divergences(p, q).mean()
     # The other way a tag of the reference is missing, which eps bounds: by hand
     expected = 2 * 0.25 * np.log(0.25 / (0.5 + 1e-6)) + 0.5 * np.log(0.5 / 1e-6)
     assert kl_divergences(q, p) == pytest.approx(expected, rel=1e-9)
