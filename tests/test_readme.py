@@ -86,7 +86,8 @@ def test_readme_is_short_and_names_every_file_at_the_top():
 def test_names_that_other_programs_use_are_there():
     names = """model.LMConfig model.MusicLM model.ssd_recurrent model.ssd_chunked ssd_kernel.ssd
         checkpoint.load_checkpoint checkpoint.load_text_encoder checkpoint.read_config
-        codec.load_codec evaluate.frechet_distance evaluate.kl_divergence sample.System data.Clips"""
+        codec.load_codec evaluate.frechet_distance evaluate.kl_divergence
+        sample.System data.Clips"""
     for name in names.split():
         module, attribute = name.split(".")
         assert hasattr(importlib.import_module(module), attribute), name
