@@ -209,6 +209,11 @@ def _decoded(path):
         raise ValueError(f"{path} is not readable audio: {error.strerror}") from None
 
 
+def pcm(audio) -> bytes:
+    """audio (S,) in [-1, 1] -> 16-bit samples, as players read them from a pipe."""
+    return (audio.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes()
+
+
 def write_audio(path, audio):
     """audio (S,) or (1, S) -> a mono .wav, .flac or .ogg file, which appears when complete."""
     audio = np.clip(np.asarray(audio, dtype=np.float32).reshape(-1), -1, 1)

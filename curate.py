@@ -18,7 +18,6 @@ import threading
 import zlib
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -138,16 +137,22 @@ TAGS = {  # what FFmpeg, and so PyAV, calls the tags of the many formats
 EMPTY = set("track audio music song untitled unknown various artists other misc none demo".split())
 
 
-def tags_of(path) -> dict:
-    """{tag: text} of an audio file, by the names of TAGS; without those that say nothing."""
+def header(path):
+    """What a file's header says -> ({tag as the format calls it: text}, seconds or 0)"""
     import av
 
     try:
         with av.open(f"file:{path}", metadata_errors="ignore") as opened:
             sources = [*opened.streams.audio[:1], opened]  # Ogg has tags in its stream
-            found = {k.lower(): v for one in sources for k, v in one.metadata.items()}
+            tags = {k.lower(): v for one in sources for k, v in one.metadata.items()}
+            return tags, (opened.duration or 0) / 1e6
     except av.FFmpegError:  # what is wrong with it is said when it is decoded
-        return {}
+        return {}, 0
+
+
+def tags_of(path) -> dict:
+    """{tag: text} of an audio file, by the names of TAGS; without those that say nothing."""
+    found = header(path)[0]
     found = {tag: next(filter(None, map(found.get, names)), "") for tag, names in TAGS.items()}
     found = {tag: " ".join(text.split())[:100] for tag, text in found.items()}
     return {tag: text for tag, text in found.items() if set(text.lower().split()) - EMPTY}
@@ -389,7 +394,6 @@ def check_plan(out, plan):
 
 def check_space(out, usable, codec, options):
     """Prints how much there is to do, as far as it is known. ValueError if the disk is full."""
-    import av
 
     seconds = size = 0
     for track, file in usable:
@@ -397,9 +401,8 @@ def check_space(out, usable, codec, options):
             size += file.stat().st_size
             continue
         known = track.get("seconds", 0)
-        with suppress(av.FFmpegError), av.open("file:" + track["path"]) as header:
-            if not known and header.duration:  # microseconds; some headers promise too much
-                known = min(header.duration / 1e6, track["bytes"] / 1000)
+        if not known:  # some headers promise too much
+            known = min(header(track["path"])[1], track["bytes"] / 1000)
         seconds += min(known, options.seconds) if options.one_clip else known
     size += 2 * 2 * codec.codebooks * seconds * codec.sample_rate / codec.hop  # tracks/, codes-*
     free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free

@@ -233,7 +233,7 @@ def compose(system, prompts, seconds, seeds):
     blocks = generate(system.lm, system.encoder, prompts, frames, seeds, **system.sampling)
     for prompt, seed, codes in zip(prompts, seeds, torch.cat([*blocks], 2)):
         if system.second:
-            codes = torch.cat([*system.refine(prompt, [codes], seed, **system.refining)], 1)
+            codes = torch.cat([*system.refine(prompt, [codes], seed)], 1)
         yield codec.decode(codec.from_codes(codes[None]))[0].numpy(), codes.numpy()
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ssd_kernel
-from audio import FORMATS, FRAME_RATE, Picture, ensure_writable, read_audio, write_stream
+from audio import FORMATS, FRAME_RATE, Picture, ensure_writable, pcm, read_audio, write_stream
 from checkpoint import load_checkpoint, load_text_encoder, read_config
 from codec import decode_stream, load_codec
 from diffusion import is_refiner, load_refiner, refine
@@ -211,7 +211,11 @@ def prepare(lm, device):
     and states stay fp32. On a CPU with a C++ compiler the middle of Mamba-2 is compiled (seconds,
     once), so that a step passes over the states once and not four times."""
     device = torch.device(device)
-    if sum(p.numel() for p in lm.parameters()) >= LARGE:
+    if sum(p.numel() for p in lm.parameters()) < LARGE:
+        # Its operations are too small to share: threads would wait for each other. And so the bytes
+        # do not depend on the number of cores.
+        torch.set_num_threads(1)
+    else:
         compiles = device.type == "cpu" and (shutil.which("g++") or shutil.which("clang++"))
         for layer in lm.modules():
             if isinstance(layer, Mamba2) and compiles:
@@ -255,10 +259,6 @@ class System:
         self.encoder = load_text_encoder(folder).to(device)
         self.codec = load_codec(config.get("codec"))
         self.lm = prepare(lm, device)
-        if sum(p.numel() for p in lm.parameters()) < LARGE:
-            # Its operations are too small to share: threads would wait for each other. And so the
-            # bytes do not depend on the number of cores.
-            torch.set_num_threads(1)
         self.sampling = asdict(stored_sampling(folder, config))
         self.second = None if refiner is None else find_refiner(lm, self.codec, refiner)
         self.refining = {}
@@ -269,17 +269,17 @@ class System:
             self.refiner_codec = copy.deepcopy(self.codec).to(device)
             self.refining = read_config(self.second).get("sampling") or {}
 
-    def refine(self, prompt, pieces, seed, **options):
+    def refine(self, prompt, pieces, seed, heard=None):
         """First-codebook codes, (1, l) at a time -> those of all codebooks (`diffusion.refine`)."""
         parts = self.refiner, self.refiner_encoder, self.refiner_codec
-        return refine(*parts, prompt, pieces, seed, **options)
+        return refine(*parts, prompt, pieces, seed, heard=heard, **self.refining)
 
-    def audio(self, prompt, seed, pieces, heard=None, **options):
+    def audio(self, prompt, seed, pieces, heard=None):
         """Codes (K, l) at a time -> audio (samples,), 1.5 s at a time. heard (9, T): codes of the
         music that is continued, which is played first."""
         if self.second:
             heard = None if heard is None else heard[: self.refiner.config.codebooks]
-            pieces = ahead(self.refine(prompt, ahead(pieces), seed, heard=heard, **options))
+            pieces = ahead(self.refine(prompt, ahead(pieces), seed, heard=heard))
         elif heard is not None:
             heard = heard[: self.lm.config.codebooks]
         pieces = pieces if heard is None else itertools.chain([heard], pieces)
@@ -304,8 +304,9 @@ def follow(system, wish):
         for number in itertools.count():
             prompt, seed, options = wish()
             if (prompt, seed) != playing:
-                kept = turn if playing is None or seed == playing[1] else 0
-                codes = codes[:, codes.shape[1] - min(kept, codes.shape[1]) :]
+                if playing and seed != playing[1]:
+                    codes = codes[:, :0]
+                codes = codes[:, -turn:]
                 playing = prompt, seed
                 unit = unit_of(float(system.encoder([prompt])[2])) * FRAME_RATE
                 count = begin = 0  # units and frames since the words changed
@@ -320,8 +321,7 @@ def follow(system, wish):
             made = torch.cat([*blocks], 2)[0]
             begin = end
             if system.second:
-                made = system.refine(prompt, [made], now, heard=codes, **system.refining)
-                made = torch.cat([*made], 1)
+                made = torch.cat([*system.refine(prompt, [made], now, codes)], 1)
             codes = torch.cat([codes[: len(made)], made], 1)
             codes = codes[:, -round(KEPT * system.lm.config.trained_frames) :]
             yield made
@@ -426,34 +426,34 @@ def main(argv=None):
 
     started = time.time()
     codec = system.codec
+    sampling = {field.name: getattr(args, field.name) for field in fields(Sampling)}
+    sampling["negative"] = args.negative
+    if system.second:
+        system.refining |= {"steps": args.steps}
+    if args.follow:
+        latest = [prompts[0]]
+        threading.Thread(target=read_wishes, args=(latest,), daemon=True).start()
+        audio = follow(system, lambda: (latest[0], args.seed, sampling))
+        return play(audio, codec.sample_rate, args.stream)
     frames = max(1, round(args.seconds * codec.sample_rate / codec.hop))
     heard = known = None
     if args.continue_file:
         heard = codec.encode(read_audio(args.continue_file))[0]  # (9, T)
         known = heard[: system.lm.config.codebooks, -system.lm.config.trained_frames :]
         known = known.expand(len(jobs), -1, -1)
-    sampling = {field.name: getattr(args, field.name) for field in fields(Sampling)}
     blocks = generate(
         system.lm, system.encoder, [prompt for prompt, _ in jobs], frames,
-        [seed for _, seed in jobs], negative=args.negative, codes=known, **sampling,
+        [seed for _, seed in jobs], codes=known, **sampling,
     )  # fmt: skip
     blocks = tqdm(blocks, total=-(-frames // 64), unit="block", disable=None, leave=False)
-    refining = system.refining | ({"steps": args.steps} if system.second else {})
-    if args.follow:
-        latest = [prompts[0]]
-        threading.Thread(target=read_wishes, args=(latest,), daemon=True).start()
-        system.refining = refining
-        options = sampling | dict(negative=args.negative)
-        audio = follow(system, lambda: (latest[0], args.seed, options))
-        return play(audio, codec.sample_rate, args.stream)
     if live:
         pieces = (block[0] for block in blocks)
-        play(system.audio(*jobs[0], pieces, heard, **refining), codec.sample_rate, args.stream)
+        play(system.audio(*jobs[0], pieces, heard), codec.sample_rate, args.stream)
         return
     frames += 0 if heard is None else heard.shape[1]
     for path, (prompt, seed), pieces in zip(paths, jobs, one_by_one(blocks, len(jobs))):
         picture = Picture(frames * codec.hop)
-        audio = system.audio(prompt, seed, pieces, heard, **refining)
+        audio = system.audio(prompt, seed, pieces, heard)
         write_stream(path, picture.watch(audio), frames * codec.hop)
         picture.save(path.with_suffix(".png"), f"{prompt} (seed {seed})", codec.sample_rate)
         say(f"{path} and {path.with_suffix('.png')}")
@@ -493,15 +493,17 @@ def introduce(system, args, say):
         )
 
 
+def add_models(parser):
+    """The options that say which models play."""
+    add = parser.add_argument
+    add("--checkpoint", help="a folder, or the authors' .ckpt [newest in out/, else toy/lm]")
+    add("--refiner", default="", help="folder of a refiner [newest in out/, else toy/refiner]")
+
+
 def parse_arguments(argv):
     # The checkpoint decides the defaults of the other options.
     first = new_parser(add_help=False)
-    first.add_argument(
-        "--checkpoint", help="a folder, or the authors' .ckpt [newest in out/, else toy/lm]"
-    )
-    first.add_argument(
-        "--refiner", default="", help="folder of a refiner [newest in out/, else toy/refiner]"
-    )
+    add_models(first)
     first.add_argument("--no-refiner", action="store_true", help="play codebook 1 alone")
     known = first.parse_known_args(argv)[0]
     folder = Path(known.checkpoint) if known.checkpoint else newest_checkpoint()
@@ -580,7 +582,7 @@ def play(chunks, sample_rate, to_stdout):
         sink = player.stdin
     try:
         for chunk in chunks:
-            sink.write((chunk.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes())
+            sink.write(pcm(chunk))
             sink.flush()
     except BrokenPipeError:  # the listener closed the stream
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

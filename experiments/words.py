@@ -21,14 +21,13 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import sample
-from audio import FRAME_RATE, filterbank
+from audio import FRAME_RATE
 from evaluate import RESULTS, clap_scores, mean, report
 from options import check_value, entry, new_parser
 from toy import corpus, questions
 from toy.judge import load_judge
 
 TEN = 861  # frames
-MEL = filterbank(64, 700.0, 40.0, 16000.0)
 
 
 def play(system, prompts, frames, kept):
@@ -77,7 +76,7 @@ def judged(system, judge, codes, start, prompts, factors):
     for seed, (prompt, clip) in enumerate(zip(prompts, codes)):
         clip = clip[:, start - before : start + TEN]
         if system.second:
-            clip = torch.cat([*system.refine(prompt, [clip], seed, **system.refining)], 1)
+            clip = torch.cat([*system.refine(prompt, [clip], seed)], 1)
         clips.append(system.codec.decode(system.codec.from_codes(clip[None, :, before:]))[0])
     heard = judge.listen(clips)
     cells = {"CLAP": mean(clap_scores(heard.embedding, judge.read(prompts)))}

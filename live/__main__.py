@@ -8,9 +8,9 @@ music of their own. It is made about a second before it is heard, and ends when 
 """
 
 import asyncio
+import io
 import json
 import os
-import struct
 import tempfile
 import threading
 import time
@@ -18,11 +18,13 @@ import webbrowser
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
+import numpy as np
+import soundfile
 from aiohttp import WSMsgType, web
 
+from audio import pcm
 from options import check_value, entry, new_parser
-from sample import Sampling, System, follow, newest_checkpoint
+from sample import Sampling, System, add_models, follow, newest_checkpoint
 
 PAGE = Path(__file__).with_name("page.html")
 AHEAD = 1.0  # seconds of music that wait to be heard
@@ -49,16 +51,16 @@ class Stream(threading.Thread):
         sent, start = 0.0, time.monotonic()  # seconds of music since the clock was started
         try:
             for audio in follow(self.system, self.asked):
-                pcm = (audio.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes()
+                samples = pcm(audio)
                 elapsed = time.monotonic() - start
                 late = 0 < sent < elapsed  # the listener has heard all: the clock starts again
                 if late or not sent:
                     sent, start, elapsed = 0.0, time.monotonic(), 0.0
                 sent += len(audio) / self.system.codec.sample_rate
-                self.file.write(pcm)
+                self.file.write(samples)
                 self.file.flush()
-                self.size += len(pcm)
-                self.send(pcm)
+                self.size += len(samples)
+                self.send(samples)
                 self.send({"ahead": round(sent - elapsed, 2), "late": late})
                 if self.stopped.wait(max(0, sent - elapsed - AHEAD)):
                     break
@@ -77,9 +79,10 @@ class Stream(threading.Thread):
         """The last so many seconds of what was sent, or all of it -> the bytes of a WAV file."""
         rate = self.system.codec.sample_rate
         count = self.size if seconds is None else min(self.size, 2 * round(seconds * rate))
-        head = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 36 + count, b"WAVEfmt ", 16, 1, 1, rate,
-                           2 * rate, 2, 16, b"data", count)  # fmt: skip
-        return head + os.pread(self.file.fileno(), count, self.size - count)
+        samples = os.pread(self.file.fileno(), count, self.size - count)
+        file = io.BytesIO()
+        soundfile.write(file, np.frombuffer(samples, np.int16), rate, format="WAV")
+        return file.getvalue()
 
 
 class Live:
@@ -198,8 +201,7 @@ async def deliver(socket, news):
 def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", help="of the language model [newest in out/, else toy/lm]")
-    add("--refiner", default="", help="folder of a refiner [newest in out/, else toy/refiner]")
+    add_models(parser)
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines listen [127.0.0.1]")
     add("--port", type=int, default=8000, help="[8000]")
     add("--listeners", type=int, default=2, help="at the same time, about one a core [2]")
