@@ -61,7 +61,7 @@ class Options:
     valid: float = option(0.1, "share kept for validation, if the source has no splits", "[0, 1)")
     captions: str = option("", "table with columns path and caption, or a name on the hub")
     titles: bool = option(False, "captions made from tags may name title and artist")
-    captioner: str = option("none", "for clips without a caption: seungheondoh/lp-music-caps")
+    captioner: str = option("none", "for clips without one: musicnn or seungheondoh/lp-music-caps")
     rephraser: str = option("none", "chat model of the hub that sums up the captioner's sentences")
     keep_vocals: bool = option(True, "leave vocals in; otherwise HTDemucs removes them")
     keep_vocal_captions: bool = option(True, "keep clips whose captions mention vocals")
@@ -101,7 +101,7 @@ def folder_tracks(music, options):
         tags = {} if problem else tags_of(path)
         about = dict(source="folder")
         about |= {key: tags[key] for key in ("artist", "licence") if key in tags}
-        if not caption[0] and options.captioner == "none":
+        if not caption[0] and options.captioner in ("none", "musicnn"):
             facts, origin = facts_of(tags, name, options)
             about |= dict(facts=facts)
             caption = sentence(facts, np.random.default_rng(zlib.crc32(name.encode()))), origin
@@ -179,17 +179,16 @@ def facts_of(tags, name, options):
 
 def sentence(facts, rng):
     """A caption from facts, some of them, in varied words; "music" if there are none."""
-    some = {k: v for k, v in facts.items() if rng.random() < 0.75} or facts
+    some = {k: v for k, v in facts.items() if rng.random() < 0.75} or dict(facts)
     kind = rng.choice(["music", "piece", "track", "tune"])
     if not some:
         return "music"
-    words = [some[k] for k in ("mood", "genre") if k in some]
-    if "name" in some:
-        words = [*words, some["name"]]
-    text = " ".join([*words, kind])
-    ends = dict(bpm="at {} bpm", key="in {}", decade="from the {}", title='"{}"', artist="by {}")
-    parts = [form.format(some[k]) for k, form in ends.items() if k in some]
-    return " ".join([text, *parts])
+    forms = dict(
+        mood="{}", pace="{}", genre="{}", name="{}", kind="{}", instrument="with {}",
+        bpm="at {} bpm", key="in {}", decade="from the {}", title='"{}"', artist="by {}",
+    )  # fmt: skip
+    some["kind"] = kind
+    return " ".join(form.format(some[k]) for k, form in forms.items() if k in some)
 
 
 def new_track(path, name, caption, options, skip="", **about):
@@ -231,7 +230,11 @@ def load_models(options):
         from paper.captions import Separator
 
         separate = Separator()
-    if options.captioner != "none":
+    if options.captioner == "musicnn":
+        from paper.musicnn import Musicnn
+
+        describe = Musicnn().facts
+    elif options.captioner != "none":
         from paper.captions import Describer
 
         describe = Describer(options.captioner, options.rephraser)
@@ -282,10 +285,18 @@ def make_clip(audio, track, options):
         if not options.keep_silence and is_silent(audio):
             return None, dict(reason="is silent without its vocals")
     about = {}
-    if "caption" not in track:
+    if options.captioner == "musicnn" and ("caption" not in track or "facts" in track):
+        heard, origin = describe(audio[0].numpy()), track.get("caption_from", "nothing")
+        about["facts"] = heard | track.get("facts", {})
+        about["caption"] = sentence(about["facts"], np.random.default_rng(0))
+        both = "musicnn" if origin == "nothing" else f"musicnn and {origin}"
+        about["caption_from"] = both if heard else origin
+    elif "caption" not in track:
         about["caption"], about["caption_from"] = describe(audio)
-        if not about["caption"] or is_vocal(about["caption"], options):
-            return None, dict(reason=VOCAL if about["caption"] else NO_CAPTION)
+        if not about["caption"]:
+            return None, dict(reason=NO_CAPTION)
+    if is_vocal(about.get("caption", ""), options):
+        return None, dict(reason=VOCAL)
     device = next(codec.parameters(), audio).device
     return codec.encode(audio.to(device))[0].cpu().numpy().astype(np.uint16), about
 
@@ -363,7 +374,7 @@ def build(tracks, out, plan, options, workers=1):
         (out / "tracks").mkdir(exist_ok=True)
         write_text(out / "plan.json", json.dumps(plan, indent=1) + "\n")
         todo = [(track, file) for track, file in usable if not file.exists()]
-        if all("caption" in track for track, _ in todo):
+        if all("caption" in track and "facts" not in track for track, _ in todo):
             options = replace(options, captioner="none")  # it would have nothing to do
         made = make_tracks(todo, options, workers)
         every = 0.1 if sys.stderr.isatty() else 30  # seconds
