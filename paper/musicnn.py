@@ -167,7 +167,7 @@ def patches(audio):
 # ------------------------------------------------------------------------------------ the ear ----
 
 KINDS = {  # kind of fact: least score, most tags, tags
-    "mood": (0.08, 1, "beautiful|chillout|mellow|sad|happy|sexy|catchy|soft|weird|quiet|loud"),
+    "mood": (0.12, 1, "beautiful|chillout|mellow|sad|happy|sexy|catchy|soft|weird|quiet|loud"),
     "pace": (0.15, 1, "slow|fast"),
     "genre": (0.2, 2, "rock|pop|alternative|indie|electronic|dance|alternative rock|jazz|metal|soul"
         "|classic rock|indie rock|folk|punk|blues|hard rock|ambient|experimental|hip-hop|country"
