@@ -1,7 +1,6 @@
 """musicnn: its checkpoint is read as TensorFlow wrote it, and it hears what it should."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from test_data import lines, tagged, tone, write_song
 
+import curate
 import data
 from audio import read_audio
 from paper import musicnn
@@ -108,12 +108,12 @@ def test_clips_without_a_caption_are_described_by_what_is_heard(tmp_path, capsys
 
 
 def test_without_musicnn_nothing_is_begun(tmp_path, monkeypatch):
+    curate.load_models.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    write_song(tmp_path / "music/d.wav", tone(4))
-    (tmp_path / "music/d.txt").unlink()
+    write_song(tmp_path / "music/d.wav", tone(4), caption=None)
     command = ["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d")]
     with pytest.raises(ValueError, match="pip install --no-deps musicnn"):
         data.main([*command, "--captioner", "musicnn"])
     monkeypatch.undo()
     data.main(command)  # the folder is not held by the command that failed
-    assert sys.modules["data"].Clips(tmp_path / "d", None).rows
+    assert data.Clips(tmp_path / "d", None).rows
