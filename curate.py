@@ -99,13 +99,11 @@ def folder_tracks(music, options):
         name = Path(os.path.relpath(path, music)).as_posix()
         caption = find_caption(path, [name, path, Path(path).name, Path(path).stem], options)
         tags = {} if problem else tags_of(path)
-        about = dict(source="folder")
-        about |= {key: tags[key] for key in ("artist", "licence") if key in tags}
+        about = {key: tags[key] for key in ("artist", "licence") if key in tags}
         if not caption[0] and options.captioner in ("none", "musicnn"):
-            facts, origin = facts_of(tags, name, options)
-            about |= dict(facts=facts)
-            caption = sentence(facts, np.random.default_rng(zlib.crc32(name.encode()))), origin
-        tracks.append(new_track(path, name, caption, options, problem, **about))
+            about["facts"], origin = facts_of(tags, name, options)
+            caption = sentence(about["facts"], np.random.default_rng(0)), origin
+        tracks.append(new_track(path, name, caption, options, problem, source="folder", **about))
     if not tracks:
         raise ValueError(f"no audio below {music}: expected files such as song.wav with song.txt")
     return tracks
@@ -121,11 +119,10 @@ def find_caption(path, names, options):
         for name in names:
             if name in table:
                 return table[name], "table"
-    try:
-        text = Path(path).with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
-    except OSError:
+    sidecar = Path(path).with_suffix(".txt")
+    if not sidecar.is_file():
         return "", ""
-    return text.strip(), "sidecar"
+    return sidecar.read_text(encoding="utf-8-sig", errors="replace").strip(), "sidecar"
 
 
 TAGS = {  # what FFmpeg, and so PyAV, calls the tags of the many formats
@@ -137,6 +134,7 @@ TAGS = {  # what FFmpeg, and so PyAV, calls the tags of the many formats
 EMPTY = set("track audio music song untitled unknown various artists other misc none demo".split())
 
 
+@functools.lru_cache(None)
 def header(path):
     """What a file's header says -> ({tag as the format calls it: text}, seconds or 0)"""
     import av
@@ -405,17 +403,13 @@ def check_plan(out, plan):
 
 def check_space(out, usable, codec, options):
     """Prints how much there is to do, as far as it is known. ValueError if the disk is full."""
-
-    seconds = size = 0
-    for track, file in usable:
-        if file.exists():
-            size += file.stat().st_size
-            continue
-        known = track.get("seconds", 0)
-        if not known:  # some headers promise too much
-            known = min(header(track["path"])[1], track["bytes"] / 1000)
+    seconds = 0
+    for track in (track for track, file in usable if not file.exists()):
+        # Some headers promise too much: no format needs less than 8 kbit/s.
+        known = track.get("seconds") or min(header(track["path"])[1], track["bytes"] / 1000)
         seconds += min(known, options.seconds) if options.one_clip else known
-    size += 2 * 2 * codec.codebooks * seconds * codec.sample_rate / codec.hop  # tracks/, codes-*
+    size = 2 * 2 * codec.codebooks * seconds * codec.sample_rate / codec.hop  # tracks/, codes-*
+    size += sum(file.stat().st_size for _, file in usable if file.exists())
     free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
     space = f"needs about {size / 1e6:,.0f} MB of disk; {free / 1e6:,.0f} MB are free"
     if size > free:
