@@ -4,12 +4,16 @@
     model.safetensors     the weights, "lm." the model's (also a refiner's), "text." the encoder's
     tokenizer.json        of a small text encoder
     trainer.safetensors   for --resume: all that training needs to continue exactly (train.py)
+    README.md             for whoever finds it: the data, their licences, the loss
 
-or the .ckpt file of the paper's authors (paper/authors.py). Each file is written under another name
+or its name on the Hugging Face hub, USER/MODEL, or the .ckpt file of the paper's authors
+(paper/authors.py). Each file is written under another name
 and then renamed, so a killed run leaves the checkpoint before it intact.
 """
 
+import functools
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,7 +67,7 @@ def read_config(folder) -> dict:
         from paper.authors import read_authors
 
         return read_authors(folder)[0]
-    file = Path(folder) / "config.json"
+    file = local(folder) / "config.json"
     if not file.is_file():
         raise ValueError(
             f"no checkpoint at {folder}: expected a folder with config.json, as train.py makes, "
@@ -76,6 +80,23 @@ def read_config(folder) -> dict:
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise ValueError(f"{file} does not describe a model of this program")
     return config
+
+
+@functools.lru_cache(None)
+def local(name) -> Path:
+    """A path as it is. USER/MODEL, where there is no such path, is downloaded from the hub, once.
+    ValueError, one sentence, if it cannot be had."""
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "model.safetensors"]))
+    except Exception as error:  # the hub's client raises many kinds; all mean the same here
+        raise ValueError(
+            f"no checkpoint at {name}: neither a folder, as train.py makes, nor a model that "
+            f"could be downloaded from huggingface.co ({type(error).__name__})"
+        ) from None
 
 
 def load_checkpoint(folder) -> MusicLM:
@@ -96,7 +117,7 @@ def read_model_config(folder, kind):
 
 def load_text_encoder(folder) -> TextEncoder:
     """The text encoder that a checkpoint's model was trained with, in eval mode."""
-    folder, config = Path(folder), read_config(folder).get("text")
+    folder, config = local(folder), read_config(folder).get("text")
     try:
         if config["name"] == "small":
             shape = {k: config[k] for k in ("d_model", "layers", "max_tokens")}
@@ -137,8 +158,9 @@ def read_tensors(file) -> dict:
         from paper.authors import read_authors
 
         return read_authors(file)[1]
-    if Path(file).is_dir():
-        file = Path(file) / "model.safetensors"
+    file = local(file)
+    if file.is_dir():
+        file = file / "model.safetensors"
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:

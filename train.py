@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -425,12 +425,48 @@ class Trainer:
         try:
             if self.processes.rank == 0:
                 save_checkpoint(folder, self.kept, self.objective.encoder, extra, weights=weights)
+                write_text(folder / "README.md", card(self))
             if name == "last":
                 about["data"] = self.data.fingerprint
                 save_trainer(folder, *self.parts(), about, self.processes)
         except OSError as error:
             again = f"python train.py --resume {self.run}"
             raise ValueError(f"{error}: make room, then continue with `{again}`") from None
+
+
+def card(trainer):
+    """A checkpoint's README.md, for the hub: what it is, from what it was made, and how."""
+    model, config, data = trainer.kept.config, trainer.config, trainer.data
+    hours = sum(row["frames"] for row in data.train.rows) / FRAME_RATE / 3600
+    licences = Counter(
+        row.get("licence", "composed by toy/") for row in data.train.rows
+    ).most_common()
+    changed = [  # the presets change more, but leave nothing to guess
+        flag(f"no_{f.name}") if value is False else f"{flag(f.name)} {value}"
+        for options in (model, config)
+        for f in fields(options)
+        if (value := getattr(options, f.name)) != f.default
+        and f.name not in ("variant", "data", "out", "init_from")
+    ]
+    command = " ".join(["python train.py --preset paper --variant", model.variant, *changed])
+    return f"""---
+tags: [music, text-to-audio, state-space-model]
+---
+# A {"refiner" if data.refining else model.variant} for text-to-music
+
+{sum(p.numel() for p in trainer.kept.parameters()):,} parameters; codes of {data.codec_name}.
+Played by `python sample.py "jazz reggae" --{"refiner" if data.refining else "checkpoint"} FOLDER`.
+
+- Data: {data.folder.name}, {len(data.train):,} clips, {hours:.1f} hours
+- Licences of the clips: {", ".join(f"{name} ({n:,})" for name, n in licences)}
+- Validation loss: {trainer.best:.3f} {unit(data.refining)}, at step {trainer.step:,}
+
+`{command}`
+"""
+
+
+def unit(refining):
+    return "(squared error of v)" if refining else "nats per token"
 
 
 def make_optimizer(objective, config):
@@ -576,8 +612,8 @@ def conclude(log, objective, run):
         print(f"{cut:,} captions were cut to {objective.encoder.max_tokens} tokens")
     rows = [row for row in log.rows if "right" in row]
     best = min(rows, key=lambda row: row["right"])
-    unit = "squared error of v" if objective.codec else "nats per token"
-    print(f"{run}: best validation loss {best['right']:.3f} {unit}, at step {best['step']}")
+    loss = f"{best['right']:.3f} {unit(objective.codec)}"
+    print(f"{run}: best validation loss {loss}, at step {best['step']}")
     below = best["right"] - log.recent_loss()
     if best is not rows[-1] and below > 0:
         print(f"It overfits since then: the training loss is {below:.3f} lower; {run}/best plays.")

@@ -1,10 +1,11 @@
 """Training: it learns, it can be stopped anywhere, and what goes wrong is said in one sentence."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -396,3 +397,39 @@ def test_a_refiner_is_distilled(tmp_path):
     run = train.parse_arguments([*options, *more])  # on data, not on a teacher
     train.train(*run[:3], train.Processes("cpu"))
     assert read_config(tmp_path / "again/last")["sampling"] == {}
+
+
+def test_a_checkpoint_says_what_it_is(run, data):
+    (data / "manifest.jsonl").write_text(
+        "".join(
+            json.dumps(row | dict(licence="CC-BY-4.0" if i % 2 else "unknown")) + "\n"
+            for i, row in enumerate(map(json.loads, open(data / "manifest.jsonl")))
+        )
+    )
+    card = (run("--steps", "2", "--no-compile") / "best/README.md").read_text()
+    assert "CC-BY-4.0 (" in card and "unknown (" in card and "Validation loss" in card
+    command = re.search(r"^`python train.py (.*)`$", card, re.M)[1].split()
+    saved = read_config(data.parent / "r/best")
+    model, config, _, _ = train.parse_arguments(command)  # the same options again
+    assert asdict(model) == saved["model"]
+    ignored = dict(data="", out="", recompute=0)
+    assert asdict(config) | ignored == saved["train"] | ignored
+
+
+def test_a_checkpoint_of_the_hub_plays_and_is_tuned(tmp_path, data, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(name)
+        if name == "someone/model":
+            return str(ROOT / "toy/lm")
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    out = tmp_path / "x.wav"
+    sample.main(["a", "--checkpoint", "someone/model", "--seconds", "0.5", "--out", str(out)])
+    assert out.exists() and set(asked) == {"someone/model"}
+    options = ["--init-from", "someone/model", "--data", str(data), "--steps", "1"]
+    train.main([*options, "--seconds", "0.4", "--crop", "0.4", "--out", str(tmp_path / "r")])
+    with pytest.raises(ValueError, match="no checkpoint at else/where: neither a folder"):
+        sample.main(["a", "--checkpoint", "else/where"])
