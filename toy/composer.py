@@ -14,7 +14,7 @@ import numpy as np
 
 from toy.songbook import DRUMS, GENRES, LEADS, LOUDNESS, MOODS, SCALES, TONICS, chord_of, pick
 
-HITS = {"X": 112, "x": 92, "o": 58}  # velocities
+HITS = {"X": 112, "x": 92, "O": 90, "o": 58}  # velocities
 TR808 = 25  # a drum kit 3 dB louder than the others
 
 
@@ -27,16 +27,10 @@ class Part(NamedTuple):
     notes: list  # (start, end, pitch, velocity), times in seconds
 
 
-def compose(factors: dict, seed: int, seconds: float = 10.0) -> list[Part]:
-    """The same arguments give the same notes."""
-    return Piece(factors, seed, seconds).parts
-
-
 def fill_bars(part: str, own_bar: int, bar: int, bars: int) -> str:
     """Repeat a part over `bars` bars. Each of its bars is cut or stretched to `bar` steps."""
     own = [part[i : i + own_bar] for i in range(0, len(part), own_bar)]
-    own = [(p + p[-4:] * 3)[:bar] for p in own]
-    return "".join(own[i % len(own)] for i in range(bars))
+    return "".join((p + p[-4:] * 3)[:bar] for p in own * bars)[: bar * bars]
 
 
 def onsets(line: str):
@@ -64,11 +58,8 @@ def closest_voicing(tones, low: int, high: int, previous: list | None) -> list:
             pitches = np.array(sorted(bottom + (t - bottom) % 12 for t in tones))
             voicings += [pitches + lift for lift in range(0, max(high - pitches[-1], 0) + 1, 12)]
 
-    def cost(voicing):
-        distances = np.abs(voicing[:, None] - (previous or [middle])).min(1)
-        return distances.sum() + 0.3 * abs(voicing.mean() - middle)  # do not drift away
-
-    return min(voicings, key=cost).tolist()
+    near = lambda v: np.abs(v[:, None] - (previous or [middle])).min(1).sum()
+    return min(voicings, key=lambda v: near(v) + 0.3 * abs(v.mean() - middle)).tolist()
 
 
 class Piece:
@@ -76,7 +67,7 @@ class Piece:
 
     def __init__(self, factors, seed, seconds):
         rng, drum_rng, bass_rng, lead_rng, self.hand = np.random.default_rng(seed).spawn(5)
-        self.factors, self.seconds = factors, seconds
+        self.factors, self.seconds, self.parts = factors, seconds, []
         self.genre = GENRES[factors["genre"]]  # its page gives harmony, comping and lead
         self.rhythm = GENRES[factors["rhythm"] or factors["genre"]]  # drums, bass and timing
         self.mood = MOODS[factors["mood"]]
@@ -85,7 +76,6 @@ class Piece:
         self.bar, self.own_bar = 4 * self.rhythm.beats, 4 * self.genre.beats
         self.step_seconds = 15 / factors["tempo"]
         self.bars = int(np.ceil(seconds / (self.bar * self.step_seconds)))
-        self.parts = []
         song = pick(rng, self.genre.chords[self.mode]).split("|")
         self.chords = [[chord_of(numeral) for numeral in bar.split()] for bar in song]
         self.drums(drum_rng)
@@ -108,7 +98,7 @@ class Piece:
         root += self.tonic
         return root % 12, tuple((root + t) % 12 for t in tones)
 
-    def add_part(self, program: int, level: float, is_drum=False):
+    def add_part(self, program: int, level: float, is_drum=False, vibrato=0):
         """A new part at `level` dB."""
         own = (4 if program == TR808 else 1) if is_drum else LOUDNESS.get(program, 2)
         volume = 100 * 10 ** ((level - own) / 40)  # controller 7 is squared by the synthesiser
@@ -128,24 +118,21 @@ class Piece:
 
     def drums(self, rng):
         """The pattern, thinner or richer by mood, with a fill at the end of a phrase."""
-        bar, fill, density = self.bar, self.rhythm.fill, self.mood.density
+        fill, sparse = self.rhythm.fill, self.mood.density < 0.6
         kit = pick(rng, self.rhythm.drums) if self.rhythm.drums else {}
-        extra = self.mood.drums[0] if self.mood.drums and self.rhythm.drums else {}
+        extra = dict(self.mood.drums) if kit else {}
         part = self.add_part(self.rhythm.kit, 0, is_drum=True)
-        phrase = 2 if self.factors["mood"] == "energetic" else 4  # bars
+        phrase = self.bar * self.mood.phrase  # steps
         for letter, pattern in (kit | extra).items():
-            line = fill_bars(pattern, 16 if letter in extra else bar, bar, self.bars)
+            line = fill_bars(pattern, 16 if letter in extra else self.bar, self.bar, self.bars)
             for step, char, _ in onsets(line):
-                last = step // bar % phrase == phrase - 1
-                filled = fill and last and step % bar >= bar - len(fill)
                 weak = char == "o" or (char == "x" and step % 4 and letter not in "KSPERV")
-                if (filled and letter not in "KDC") or (weak and density < 0.6):
-                    continue
-                self.add_note(part, DRUMS[letter], step, 1, HITS.get(char, 90))
-        if fill and density > 0.6:
-            for end in range(phrase * bar, self.bars * bar + 1, phrase * bar):
-                for i, letter in enumerate(fill):
-                    self.add_note(part, DRUMS[letter], end - len(fill) + i, 1, 88 + 4 * i)
+                filled = step % phrase >= phrase - len(fill) and letter not in "KDC"
+                if not (filled or weak and sparse):
+                    self.add_note(part, DRUMS[letter], step, 1, HITS[char])
+        for end in range(phrase, self.bars * self.bar + 1, phrase):
+            for i, letter in enumerate("" if sparse else fill):
+                self.add_note(part, DRUMS[letter], end - len(fill) + i, 1, 88 + 4 * i)
 
     def bass(self, rng):
         """Degrees of the chord, or a walk that steps to the next chord's root."""
@@ -157,14 +144,12 @@ class Piece:
             root, tones = self.chord_at(step)
             next_beat = (step // 4 + 1) * 4
             next_root = self.chord_at(next_beat)[0]
-            bottom = 28 + (root - 28) % 12
-            ahead = 28 + (next_root - 28) % 12
+            bottom, ahead = (28 + (r - 28) % 12 for r in (root, next_root))
             third = 3 if (root + 3) % 12 in tones else 4
             degrees = {"R": 0, "3": third, "5": 7, "6": 9, "7": 10, "8": 12}
-            if char in degrees:
-                pitch = bottom + degrees[char]
-            elif char in "na":
-                pitch = ahead - (char == "a")
+            named = {c: bottom + d for c, d in degrees.items()} | {"n": ahead, "a": ahead - 1}
+            if char in named:
+                pitch = named[char]
             elif step % bar == 0 or self.chord_at(step - 1)[0] != root:
                 pitch = bottom + 12 * (38 <= pitch and bottom < 34)
             elif next_root != root or next_beat % bar == 0:
@@ -178,37 +163,32 @@ class Piece:
     def comping(self, rng):
         """The chords, voice-led, in the styles of the genre and one of the mood."""
         mood, lead_program = self.mood, self.genre.leads[self.factors["lead"]]
+        as_genre = self.own_bar, mood.density, int(mood.register * 0.7)
         for v in self.genre.comp + mood.comp:
+            own_bar, density, shift = (16, 1, 0) if v in mood.comp else as_genre
             programs = [p for p in v.programs if p != lead_program] or v.programs
             part = self.add_part(pick(rng, programs), v.level - 3)
-            own_bar, density, shift = self.own_bar, mood.density, int(mood.register * 0.7)
-            if v in mood.comp:
-                own_bar, density, shift = 16, 1, 0
-            elif v.style == "power":
-                shift = 0
             line = fill_bars(pick(rng, v.parts), own_bar, self.bar, self.bars)
             line = change_density(line, density, self.bar, rng)
             voicing = chord = None
             for step, char, length in onsets(line):
                 if self.chord_at(step) != chord:
-                    chord = self.chord_at(step)
-                    root, tones = chord
+                    root, tones = chord = self.chord_at(step)
                     upper = tones[1:] if len(tones) > 3 else tones  # the bass has the root
                     voicing = closest_voicing(upper, v.low + shift, v.high + shift, voicing)
+                    full = [*voicing, voicing[0] + 12]
+                    ladder = full + voicing[:0:-1]  # up and down
                     count = 0  # of notes on this chord
-                pitches = voicing
-                if v.style == "power":
-                    bottom = v.low + (root + (int(char) if char.isdigit() else 0) - v.low) % 12
-                    pitches = [bottom, bottom + 7, bottom + 12]
-                elif v.style == "strum":
-                    pitches = voicing + [voicing[0] + 12]
-                elif v.style == "alberti":
-                    pitches = [(voicing * 2)[(0, 2, 1, 2)[count % 4]]]
-                elif v.style in ("arp", "octaves"):
-                    ladder = voicing + [voicing[0] + 12] + voicing[:0:-1]  # up and down
-                    pitches = [ladder[count % len(ladder)]]
-                    if v.style == "octaves":
-                        pitches.append(pitches[0] + 12)
+                rung = ladder[count % len(ladder)]
+                bottom = v.low + (root + (int(char) if char.isdigit() else 0) - v.low) % 12
+                pitches = dict(
+                    block=voicing,
+                    strum=full,
+                    arp=[rung],
+                    octaves=[rung, rung + 12],
+                    alberti=[(voicing * 2)[(0, 2, 1, 2)[count % 4]]],
+                    power=[bottom, bottom + 7, bottom + 12],
+                )[v.style]
                 count += 1
                 length *= mood.length if length > 1 else 1
                 for i, pitch in enumerate(pitches):
@@ -224,8 +204,7 @@ class Piece:
         if sustains:
             part.controls[1] = 24  # vibrato
         centre = np.clip((low + high) / 2 + mood.register, low + 5, high - 5)
-        scale = self.genre.scale[self.mode == "minor"]
-        scale = SCALES["phrygian" if self.factors["mood"] == "dark" else scale]
+        scale = SCALES[mood.scale or self.genre.scale[self.mode == "minor"]]
         scale = [(self.tonic + s) % 12 for s in scale]
         motifs = []
         for i in range(2):
@@ -247,17 +226,21 @@ class Piece:
             for k, (step, _, length) in enumerate(onsets(rhythm)):
                 tones = self.chord_at(i * bar + step)[1]
                 # A scale note a semitone above a chord tone would grate.
-                pool = [s for s in scale if s not in tones and (s - 1) % 12 not in tones]
-                pool = tones if k == 0 or step % 8 == 0 or length > 3 else [*tones, *pool]
+                passing = [s for s in scale if s not in tones and (s - 1) % 12 not in tones]
+                pool = tones if k == 0 or step % 8 == 0 or length > 3 else [*tones, *passing]
                 pool = [p for p in range(low, high + 1) if p % 12 in pool and abs(p - centre) < 10]
-                goal = centre + arch if k == 0 else pitch
+                goal, move = (pitch, moves[k]) if k else (centre + arch, 0)
                 nearest = int(np.argmin([abs(p - goal) for p in pool]))
-                move = 0 if k == 0 else moves[k]
                 if not 0 <= nearest + move < len(pool):
                     move = -move
                 pitch = pool[int(np.clip(nearest + move, 0, len(pool) - 1))]
                 length *= min(mood.length, 1)
                 velocity = 96 + 8 * (step % 4 == 0)
                 self.add_note(part, pitch, i * bar + step, length, velocity)
-                if self.factors["mood"] == "energetic":
+                if mood.octaves:
                     self.add_note(part, pitch - 12, i * bar + step, length, velocity - 14)
+
+
+def compose(factors: dict, seed: int, seconds: float = 10.0) -> list[Part]:
+    """The same arguments give the same notes."""
+    return Piece(factors, seed, seconds).parts

@@ -21,7 +21,6 @@ MIXTURES = 0.15  # share of clips whose rhythm section belongs to another genre
 RMS = 0.08  # loudness of every clip
 TONICS = ["C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B"]
 
-
 _BOOK = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 LEADS = _BOOK["leads"]  # lowest and highest pitch; whether it sustains; its names
 SCALES = _BOOK["scales"]
@@ -41,8 +40,8 @@ def chord_of(numeral: str) -> tuple:
 
 def page(settings: dict) -> SimpleNamespace:
     """The page of a genre or a mood."""
-    g = SimpleNamespace(**dict(swing=[8, 0.5], minor=None, fill="", drums=[], comp=[]) | settings)
-    g.comp = [SimpleNamespace(**v) for v in g.comp]
+    g = SimpleNamespace(**_BOOK["default"] | settings)
+    g.comp = [SimpleNamespace(**voice) for voice in g.comp]
     return g
 
 
@@ -69,7 +68,7 @@ def sample_factors(rng: np.random.Generator, mixtures: float = MIXTURES) -> dict
     tempos = GENRES[rhythm or genre].tempo
     begin, end = MOODS[mood].part
     tempos = tempos[int(begin * len(tempos)) : int(np.ceil(end * len(tempos)))]
-    minor = GENRES[genre].minor if MOODS[mood].minor is None else MOODS[mood].minor
+    minor = getattr(MOODS[mood], "minor", GENRES[genre].minor)
     key = f"{pick(rng, TONICS)} {'minor' if rng.random() < minor else 'major'}"
     lead = pick(rng, list(GENRES[genre].leads))
     return dict(genre=genre, rhythm=rhythm, tempo=pick(rng, tempos), key=key, lead=lead, mood=mood)
