@@ -155,6 +155,8 @@ def test_captions_tell_the_truth(length):
     for _ in range(1500):
         f = songbook.sample_factors(rng)
         text = words.caption(f, rng, length).lower()
+        assert not re.search(r"[{}|*/]|  | [,.]|,[,.]|\.\.|^,|,$|lead lead", text), text
+        assert not re.search(r"\ba (?!one)[aeiou]|\ban [^aeiou]", text), text
         for number in re.findall(r"\d+(?= (?:bpm|beats))", text):
             assert int(number) == f["tempo"], text
         tempo = words.tempo_word(f["tempo"])
