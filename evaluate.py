@@ -4,6 +4,8 @@
     python evaluate.py out/simba/best mine/         checkpoints, and folders of 000.wav, 001.wav ...
     python evaluate.py toy/lm+out/refiner/best      a checkpoint with this refiner; +none: without
     python evaluate.py toy/lm --prompts bpm genre   does the beat follow "jazz at 96 bpm"?
+    python evaluate.py --ear musicnn                what an ear of real music says (paper/ear.py)
+    python evaluate.py out/mine/best --data data/mine   held-out clips of your own, same ear
     python evaluate.py musicgen-small out/simba/best --musiccaps musiccaps-public.csv --clips clips/
     python evaluate.py MAMBA SIMBA TRANSFORMER --paper 1     with the paper's Table I in columns
 
@@ -346,9 +348,11 @@ def listen(ruler, files, title):
 
 def judged(ruler, task, heard, captions, every_factor=False) -> dict:
     """All metrics of what was heard in N clips that answer N captions -> {column: Cell}."""
-    kl = kl_divergences(ruler.tags(heard), ruler.tags(task.real))
     fd = frechet_distance(torch.cat([*heard.frames]), task.reference)
     cells = {ruler.names["fd"]: Cell(fd, *frechet_interval(heard.frames, task.reference))}
+    if "kl" not in ruler.names:
+        return cells | ruler.cells(heard, captions)
+    kl = kl_divergences(ruler.tags(heard), ruler.tags(task.real))
     cells[ruler.names["kl"]] = mean(kl.reshape(len(kl), -1).mean(1))  # over segments, if any
     cells[ruler.names["clap"]] = mean(clap_scores(heard.embedding, ruler.read(captions)))
     if task.factors:
@@ -392,6 +396,8 @@ def parse_arguments(argv=None):
     add("--seconds", type=float, nargs="+", default=[10.0], help="lengths, a table for each [10]")
     add("--prompts", nargs="+", choices=questions.KINDS, default=questions.KINDS[:3],
         metavar="KIND", help=f"{', '.join(questions.KINDS)} [the first three]")  # fmt: skip
+    add("--ear", choices=("toy", "musicnn"), default="toy", help="who listens [toy]")
+    add("--data", metavar="FOLDER", help="use a data folder's held-out clips; musicnn listens")
     add("--paper", type=int, choices=(1, 2, 4), help="add the figures of this table of the paper")
     add("--musiccaps", metavar="CSV", help="use the prompts and the networks of the paper")
     add("--clips", metavar="FOLDER", help="the clips of that table")
@@ -424,6 +430,13 @@ def main(argv=None):
         ruler = embedders.PaperRuler(args.clap, args.kl_average)
         clips = args.musiccaps, args.clips
         ask = lambda seconds: musiccaps.ask(ruler, codec, *clips, seconds, args.count)
+    elif args.data or args.ear == "musicnn":
+        from paper.ear import Ear, ask, ask_toy
+
+        ruler, count = Ear(), args.count or 32
+        ask_folder = functools.partial(ask, ruler, codec, args.data, count)
+        toy = lambda seconds: ask_toy(ruler, codec, count, args.prompts)
+        ask = ask_folder if args.data else toy
     else:
         ruler = load_judge()
         ask = lambda seconds: questions.ask(codec, args.count or 32, args.prompts)
