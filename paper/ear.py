@@ -8,6 +8,7 @@ act: how often a clip whose prompt names a tag has more of it than a clip whose 
 is chance. Its absolute scores are low on music unlike its training set, so look at ratios.
 """
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,14 +41,14 @@ class Ear:
 
     def cells(self, heard, captions) -> dict:
         """{"AUC": its mean over tags, tag: its AUC}, of the tags that enough captions name"""
-        words = [f" {caption.lower().replace('-', ' ')} " for caption in captions]
-        named = np.array([[f" {tag.replace('-', ' ')} " in w for tag in NAMED] for w in words])
+        plain = lambda text: f" {re.sub('[^a-z0-9]+', ' ', text.lower())} "
+        named = np.array([[plain(tag) in plain(c) for tag in NAMED] for c in captions])
         counts = named.sum(0)
         asked = np.flatnonzero((counts >= LEAST) & (counts <= len(captions) - LEAST))
         if not len(asked):
             return {}
         both = np.stack([heard.tags[:, asked], named[:, asked]], 2)  # (N, tags, 2)
-        mean = lambda clips: np.nanmean([auc(*clips[:, i].T) for i in range(len(asked))])
+        mean = lambda clips: np.mean([auc(*clips[:, i].T) for i in range(len(asked))])
         cells = {"AUC": evaluate.Cell(mean(both), *evaluate.interval(both, mean))}
         for i, tag in enumerate(asked):
             cells[f"{NAMED[tag]} ({counts[tag]})"] = evaluate.Cell(auc(*both[:, i].T))
@@ -56,9 +57,9 @@ class Ear:
 
 def auc(scores, named):
     """Area under the ROC curve: the share of pairs in which the named clip scores higher, ties
-    count half; NaN if all or none are named"""
+    count half; 0.5 if all or none are named"""
     yes, no = scores[named == 1][:, None], scores[named == 0]
-    return ((yes > no) + 0.5 * (yes == no)).mean() if yes.size and no.size else np.nan
+    return ((yes > no) + 0.5 * (yes == no)).mean() if yes.size and no.size else 0.5
 
 
 def ask_toy(ear, codec, count, kinds) -> dict:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from test_data import lines, tagged, tone, write_song
 
 import curate
 import data
+import evaluate
 from audio import read_audio
-from paper import musicnn
+from paper import ear, musicnn
 from paper.musicnn import Musicnn, message, read_checkpoint, tempo
 
 CLIPS = Path(__file__).parents[1] / "docs/clips"
@@ -58,14 +60,14 @@ def test_a_tensorflow_checkpoint_is_read(tmp_path):
 
 @installed
 def test_it_hears_what_the_clips_are():
-    ear = Musicnn()
-    assert {sum(map(torch.numel, t.weights.values())) for t in ear.taggers.values()} == {792079}
-    facts = {file.stem: ear.facts(read_audio(file)[0]) for file in CLIPS.glob("*.mp4")}
+    ears = Musicnn()
+    assert {sum(map(torch.numel, t.weights.values())) for t in ears.taggers.values()} == {792079}
+    facts = {file.stem: ears.facts(read_audio(file)[0]) for file in CLIPS.glob("*.mp4")}
     assert facts["techno"]["genre"] == "techno electronic" and facts["techno"]["pace"] == "fast"
     assert "flute" in facts["bossa-nova"]["instrument"]
     assert "jazz" in facts["jazz-reggae"]["genre"]
     assert facts["piano-waltz"]["pace"] == "slow" and "piano" in facts["piano-waltz"]["instrument"]
-    embeddings, scores = ear.listen(np.zeros(44100, np.float32))  # less than a patch
+    embeddings, scores = ears.listen(np.zeros(44100, np.float32))  # less than a patch
     assert embeddings.shape == (1, 200) and len(scores) == len({*sum(musicnn.TAGS.values(), [])})
 
 
@@ -117,3 +119,43 @@ def test_without_musicnn_nothing_is_begun(tmp_path, monkeypatch):
     monkeypatch.undo()
     data.main(command)  # the folder is not held by the command that failed
     assert data.Clips(tmp_path / "d", None).rows
+
+
+def test_auc_counts_pairs():
+    scores, named = np.array([0.9, 0.2, 0.5, 0.5]), np.array([1, 0, 1, 0])
+    assert ear.auc(scores, named) == (1 + 1 + 1 + 0.5) / 4
+    assert ear.auc(scores, np.ones(4)) == 0.5
+
+
+def test_tags_count_where_enough_prompts_name_them():
+    heard = SimpleNamespace(tags=np.zeros((10, len(ear.NAMED))))
+    heard.tags[:5, ear.NAMED.index("techno")] = 1
+    captions = ["fast Techno, 140 bpm"] * 4 + ["a techno-like beat"] + ["hip-hop with beats"] * 5
+    cells = ear.Ear.cells(None, heard, captions)
+    assert cells["techno (5)"].value == 1 and cells["hip-hop (5)"].value == 0.5
+    assert cells["fast (4)"].value == 0.5 and cells["beats (5)"].value == 0.5
+    assert cells["AUC"].value == np.mean([1, 0.5, 0.5, 0.5])
+    assert ear.Ear.cells(None, heard, ["jazz"] * 10) == {}
+
+
+@installed
+def test_held_out_music_is_what_a_system_is_compared_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        pitch = 200 + 100 * i
+        caption = "techno" if i % 2 else "a slow piano"
+        write_song(tmp_path / f"music/{i}.wav", tone(5, 44100, pitch), caption=caption)
+    data.main(["folder", "music", "--out", "d", "--seconds", "2", "--valid", "0.9"])
+    command = ["--data", "d", "--seconds", "2", "--count", "8", "codec-3"]
+    evaluate.main(command)
+    table = capsys.readouterr().out
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line[:1] == "|"}
+    assert rows.keys() >= {"real clips", "codec-9", "codec-1", "codec-3"}
+    assert "FD_musicnn" in table and Path("results/d.md").exists()
+    clips = data.Clips("d", "valid")
+    row = next(row for row in clips.rows if row["start"] > 0)
+    start = round(row["start"] * 44100)
+    expected = read_audio(row["path"])[0][start : start + 44100]
+    assert np.array_equal(ear.original(row, 1), expected)
+    with pytest.raises(ValueError, match="held-out clips of 99 s: 4 are needed"):
+        evaluate.main(["--data", "d", "--seconds", "99"])
