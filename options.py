@@ -1,31 +1,17 @@
-"""Command lines made from dataclasses.
+"""Command lines made from dataclasses. An option is a field, which says its default, its help and
+its valid values: train.TrainConfig shows it. Help, checks and error messages are made from that."""
 
-A script's options are the fields of a dataclass. Each field says its default, its help and the
-values that are valid; `--help`, the check and the error message are made from that:
-
-    @dataclass
-    class TrainConfig:
-        batch: int = option(4, "clips in a micro-batch", "[1, inf)")
-        backbone: str = option("ssd", "what mixes the frames", ["ssd", "attention"])
-
-        def __post_init__(self):
-            check(self)
-"""
-
-import argparse
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from contextlib import ExitStack, contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 
 
 def option(default, help, valid=None):
-    """A dataclass field that is also a command-line option.
-
-    valid: a list of strings to choose from, an interval such as "(0, 1]" for numbers, or None.
-    """
+    """A dataclass field. valid: strings to choose from, an interval such as "(0, 1]", or None."""
     return field(default=default, metadata=dict(help=help, valid=valid))
 
 
@@ -36,16 +22,13 @@ def check(config):
 
 
 def check_value(name, value, valid):
-    """ValueError, in one sentence, unless `value` is valid (see `option`) or None."""
-    if value is None or valid is None:
-        return
-    if isinstance(valid, str):
+    """ValueError, in one sentence, unless `value` is valid (see `option`), or a number None."""
+    if isinstance(valid, str) and value is not None:
         low, high = (float(bound) for bound in valid[1:-1].split(","))
-        above = value >= low if valid[0] == "[" else value > low
-        below = value <= high if valid[-1] == "]" else value < high
-        if not (above and below):  # NaN is neither
+        at_an_end = value == low and valid[0] == "[" or value == high and valid[-1] == "]"
+        if not (low < value < high or at_an_end):  # NaN is neither
             raise ValueError(f"{flag(name)} must be in {valid}, not {value}")
-    elif value not in valid:
+    elif isinstance(valid, list) and value not in valid:
         raise ValueError(f"unknown {flag(name)} {value!r}: choose {', '.join(valid)}")
 
 
@@ -56,39 +39,33 @@ def flag(name):
 
 def new_parser(description=None, **more):
     """An ArgumentParser that shows a script's docstring and takes no abbreviated options."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        description=description, formatter_class=formatter, allow_abbrev=False, **more
-    )
+    more |= dict(formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    return ArgumentParser(description=description, **more)
 
 
 def add_arguments(parser, config, **defaults):
     """Adds an option for each field of the dataclass `config`, with other defaults if given."""
     for item in fields(config):
-        kind, default = item.type, defaults.get(item.name, item.default)
-        kinds = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
+        default = defaults.get(item.name, item.default)
         text = item.metadata["help"] + ("" if default is None else f" [{default}]")
-        text = text.replace("%", "%%")
-        parser.add_argument(flag(item.name), default=default, help=text, **kinds)
+        kind = dict(action=BooleanOptionalAction) if item.type is bool else dict(type=item.type)
+        parser.add_argument(flag(item.name), default=default, help=text.replace("%", "%%"), **kind)
 
 
 def read_lines(file):
-    """The non-empty lines of a text file, UTF-8 with or without a byte-order mark.
-
-    ValueError, in one sentence, if it cannot be read.
-    """
+    """The lines of a UTF-8 text file that are not empty. ValueError if it cannot be read."""
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
+        text = Path(file).read_text(encoding="utf-8-sig")  # with or without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} could not be read as UTF-8 text ({error})") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def entry(main):
-    """Runs a script's main(). A ValueError or an OSError is printed as one sentence and ends the
-    script with status 2, Ctrl-C with 130."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows escapes instead
-        stream.reconfigure(errors="backslashreplace")
+    """Runs main(). A ValueError or OSError becomes one sentence, after the name that was typed."""
+    if module := sys.modules["__main__"].__spec__:  # started with -m
+        sys.argv[0] = f"python -m {module.name.removesuffix('.__main__')}"
+    sys.stdout.reconfigure(errors="backslashreplace")  # in a terminal without UTF-8; as stderr does
     try:
         main()
     except (ValueError, OSError) as error:
@@ -102,10 +79,7 @@ def entry(main):
 def finish_step_on_signals():
     """Ctrl-C and SIGTERM set the event that this yields, instead of ending the process."""
     stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
-    try:
+    with ExitStack() as before:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
         yield stop
-    finally:
-        for number, handler in zip(signals, before):
-            signal.signal(number, handler)
