@@ -251,7 +251,7 @@ def clips_of(path, length):
     if len(held) >= SAMPLE_RATE:
         yield start, torch.from_numpy(held)[None]
     elif start == 0:
-        raise ValueError(f"{path} is shorter than a second: {len(held)} samples")
+        raise ValueError(f"{path} is shorter than a second")
 
 
 def random_clips(path, length, seed):
