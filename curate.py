@@ -46,8 +46,9 @@ from options import add_arguments, check, check_value, flag, new_parser, option
 # a table, or a .txt file. Where you wrote none, they are what its tags say, or else the names of
 # the file and its folders: "facts", from which a caption is drawn at each visit.
 
-AUDIO = """.wav .flac .ogg .oga .opus .spx .mp3 .mp2 .mpc .m4a .m4b .mp4 .aac .mka .wma .ape .wv
-.tta .aiff .aif .aifc .au .caf .w64""".split()
+AUDIO = """.wav .flac .ogg .oga .opus .spx .mp3 .mp2 .mp1 .mpc .m4a .m4b .m4r .mp4 .aac .ac3 .eac3
+.mka .mkv .webm .wma .asf .3gp .ape .wv .tta .tak .shn .aiff .aif .aifc .afc .au .caf .w64 .dsf
+.dff""".split()
 NO_CAPTION = "has no caption: add a .txt file of the same name, a --captions table or a --captioner"
 VOCAL = "has a caption that mentions vocals"
 
