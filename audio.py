@@ -76,21 +76,20 @@ def band_power(audio, filters):
     return torch.cat([power(stft(frames)) @ filters.T for frames in blocks], 1)
 
 
-def mel_spectrogram(audio, n_mels=128):
-    """audio (B, S) -> (B, n_mels, T) in dB: mean power in each of `n_mels` triangles on the mel
-    scale from 0 to 22050 Hz, Hann window of 2048, hop 512; 0 dB: a full-scale sine, -100:
-    silence."""
-    power = band_power(audio, filterbank(n_mels, 700.0, 0.0, SAMPLE_RATE / 2).to(audio.device))
-    return 10 * power.clamp(min=1e-10).log10().transpose(1, 2)
+def mel_spectrogram(audio):
+    """audio (B, S) -> (B, 128, T) in dB: mean power in each of 128 triangles on the mel scale from
+    0 to 22050 Hz, Hann window of 2048, hop 512; 0 dB: a full-scale sine, -100: silence."""
+    power = band_power(audio, filterbank(128, 700.0, 0.0, SAMPLE_RATE / 2).to(audio.device))
+    return 10 * power.clamp(min=1e-10).log10().mT
 
 
 class Picture:
     """A mel-spectrogram of a stream of audio: below 3,000 columns, whatever its length."""
 
     def __init__(self, samples):
-        self.pool = max(1, samples // HOP // 1500)  # frames a column
+        self.size = HOP * max(1, samples // HOP // 1500)  # samples a column
         # One table from the start: many small tensors would fragment the memory.
-        self.mel = torch.zeros(128, 2 + samples // HOP // self.pool, dtype=torch.half)
+        self.mel = torch.zeros(128, 2 + samples // self.size)
         self.columns = 0
 
     def watch(self, chunks):
@@ -98,26 +97,24 @@ class Picture:
         rest = torch.zeros(0)
         for chunk in chunks:
             rest = torch.cat([rest, chunk])
-            whole = len(rest) // (HOP * self.pool) * HOP * self.pool
-            if whole >= N_FFT:
-                mel = mel_spectrogram(rest[None, :whole])[0]  # (128, whole / 512)
-                columns = mel.unflatten(1, (-1, self.pool)).mean(2)
-                self.mel[:, self.columns : self.columns + columns.shape[1]] = columns
-                self.columns += columns.shape[1]
-                rest = rest[whole:]
+            count = len(rest) // self.size
+            if count * self.size >= N_FFT:
+                now, rest = rest.tensor_split([count * self.size])
+                mel = mel_spectrogram(now[None])[0]  # (128, frames)
+                columns = slice(self.columns, self.columns + count)
+                self.mel[:, columns] = mel.unflatten(1, (count, -1)).mean(2)
+                self.columns += count
             yield chunk
 
     def save(self, path, title, sample_rate):
         from matplotlib.figure import Figure
 
-        mel = self.mel[:, : max(1, self.columns)].float().numpy()
-        seconds = mel.shape[1] * self.pool * HOP / sample_rate
+        mel = self.mel[:, : max(1, self.columns)]
+        size = (0, mel.shape[1] * self.size / sample_rate, 0, len(mel))  # of the axes
         figure = Figure(figsize=(10, 3.5), layout="tight")
         axis = figure.subplots()
-        image = axis.imshow(
-            mel, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, len(mel)),
-            vmin=mel.max() - 80,
-        )  # fmt: skip
+        look = dict(origin="lower", aspect="auto", cmap="magma", vmin=mel.max() - 80)
+        image = axis.imshow(mel, extent=size, **look)
         axis.set(title=title.replace("$", r"\$"), xlabel="seconds", ylabel="mel band")
         figure.colorbar(image, label="dB")
         figure.savefig(path, dpi=110)
@@ -216,7 +213,7 @@ def pcm(audio) -> bytes:
 
 def write_audio(path, audio):
     """audio (S,) or (1, S) -> a mono .wav, .flac or .ogg file, which appears when complete."""
-    audio = np.clip(np.asarray(audio, dtype=np.float32).reshape(-1), -1, 1)
+    audio = np.ravel(audio)
     seconds = np.split(audio, range(SAMPLE_RATE, len(audio), SAMPLE_RATE))
     write_stream(path, seconds, len(audio))  # one large write fails in Vorbis
 
@@ -227,14 +224,14 @@ def write_stream(path, chunks, samples=0):
     import soundfile
 
     path = Path(path)
-    if path.suffix.lower() not in FORMATS:
+    form = FORMATS.get(path.suffix.lower())
+    if not form:
         raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
-    form = dict(format=FORMATS[path.suffix.lower()])
-    if form["format"] == "WAV" and 2 * samples > 4_000_000_000:
-        form = dict(format="RF64", subtype="PCM_16")
+    if form == "WAV" and 2 * samples > 4_000_000_000:
+        form = "RF64"
     try:
         with replacing(path) as part:
-            with soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, **form) as file:
+            with soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, format=form) as file:
                 for chunk in chunks:
                     file.write(np.asarray(chunk))
     except soundfile.LibsndfileError as error:
