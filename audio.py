@@ -109,7 +109,7 @@ class Picture:
     def save(self, path, title, sample_rate):
         from matplotlib.figure import Figure
 
-        mel = self.mel[:, : max(1, self.columns)]
+        mel = self.mel[:, : max(1, self.columns)].numpy()
         size = (0, mel.shape[1] * self.size / sample_rate, 0, len(mel))  # of the axes
         figure = Figure(figsize=(10, 3.5), layout="tight")
         axis = figure.subplots()

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from audio import FRAME_RATE
+from audio import FRAME_RATE, write_text
 from options import entry
 from text import TYPICAL_LENGTH
 
@@ -55,14 +55,13 @@ class Clips:
             rows = [r for r in read_jsonl(folder / "manifest.jsonl") if split in (r["split"], None)]
             self.rows = [row for row in rows if row["codebooks"] >= (codebooks or 1)]
         except OSError:
-            raise ValueError(
-                f"no data at {folder}: make some with `python data.py folder MUSIC --out {folder}`"
-            ) from None
+            make = f"make some with `python data.py folder MUSIC --out {folder}`"
+            raise ValueError(f"no data at {folder}: {make}") from None
         except (ValueError, KeyError) as error:
             raise ValueError(f"the manifest of {folder} is broken ({error!r})") from None
-        if codec and self.meta["codec"] != codec:
-            made = f"{folder} was made by the codec {self.meta['codec']!r}"
-            raise ValueError(f"{made}, the model reads {codec!r}")
+        made = self.meta["codec"]
+        if codec not in (None, made):
+            raise ValueError(f"{folder} was made by the codec {made!r}, the model reads {codec!r}")
         if not self.rows:
             raise ValueError(f"{folder} has no {split} clips with {codebooks} codebook(s)")
         self.codebooks = codebooks
@@ -77,10 +76,10 @@ class Clips:
         row = self.rows[i]
         K, T = row["codebooks"], row["frames"]
         clip = self.shards[row["shard"]][row["offset"] : row["offset"] + K * T].reshape(K, T)
-        clip = clip[: self.codebooks, start : T if frames is None else start + frames]
-        missing = 0 if frames is None else frames - clip.shape[1]
-        clip = np.pad(clip, ((0, 0), (0, missing)), constant_values=self.meta["codebook_size"])
-        return clip.astype(np.int64)
+        frames = T - start if frames is None else frames
+        clip = clip[: self.codebooks, start : start + frames].astype(np.int64)
+        missing = (0, 0), (0, frames - clip.shape[1])
+        return np.pad(clip, missing, constant_values=self.meta["codebook_size"])
 
     def batch(self, first, count, frames, seed, describe, caption_dropout=0.0, window=0):
         """Samples `first` ... `first + count - 1` of an endless shuffle: a pure function of the
@@ -114,16 +113,12 @@ class Writer:
     def __init__(self, folder, codec):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        meta = dict(
-            codec=codec.name,
-            codebooks=codec.codebooks,
-            codebook_size=codec.codebook_size,
-            frame_rate=codec.sample_rate / codec.hop,
-        )
+        meta = dict(codec=codec.name, codebooks=codec.codebooks, codebook_size=codec.codebook_size)
+        meta["frame_rate"] = codec.sample_rate / codec.hop
         path = self.folder / "meta.json"
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != meta:
             raise ValueError(f"{folder} was begun with another codec; choose another --out")
-        path.write_text(json.dumps(meta), encoding="utf-8")
+        write_text(path, json.dumps(meta))
         self.manifest = self.folder / "manifest.jsonl"
         self.manifest.touch()
         with open(self.manifest, "r+b") as file:  # an unfinished line is cut off
@@ -144,10 +139,10 @@ class Writer:
             path = self.folder / f"codes-{self.shard:05}.bin"
             with open(path, "r+b" if path.exists() else "wb") as file:
                 file.seek(2 * self.offset)
-                file.write(np.ascontiguousarray(codes, np.uint16).tobytes())
-            place = dict(shard=self.shard, offset=self.offset)
-            size = dict(codebooks=codes.shape[0], frames=codes.shape[1])
-            lines += json.dumps(place | size | row) + "\n"
+                file.write(np.asarray(codes, np.uint16).tobytes())
+            K, T = codes.shape
+            place = dict(shard=self.shard, offset=self.offset, codebooks=K, frames=T)
+            lines += json.dumps(place | row) + "\n"
             self.offset += codes.size
         with open(self.manifest, "a", encoding="utf-8") as file:
             file.write(lines)
