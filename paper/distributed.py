@@ -1,8 +1,8 @@
 """Training on several GPUs: `torchrun --nproc_per_node=4 train.py ...`
 
 Every process (rank) holds the model and a share of each batch; gradients are averaged (DDP). With
---fsdp each rank keeps a share of the weights only. The batch and its random choices do not depend
-on the number of processes. A run without torchrun has one, for which nothing here does anything.
+--fsdp each rank keeps a share of the weights only. The clips of a step do not depend on the number
+of processes. A run without torchrun has one, for which nothing here does anything.
 """
 
 import os
@@ -14,23 +14,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Processes:
-    """Those of a run. device: cpu, cuda or mps; empty: cuda if there is one, else cpu. ValueError
-    if there is no such device."""
+    """device: cpu, cuda or mps; empty: cuda if there is one, else cpu. ValueError if it is none."""
 
     def __init__(self, device=""):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.ranks = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.getenv("RANK", 0))
+        self.ranks = int(os.getenv("WORLD_SIZE", 1))
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if self.ranks > 1 and self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:  # no such device, or none here
-            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-        if self.ranks == 1:
-            return
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            why = str(error).splitlines()[0].split(". ")[0]
+            raise ValueError(f"--device {device}: {why}") from None
+        if self.ranks > 1:
+            dist.init_process_group(dist.get_default_backend_for_device(self.device))
 
     @contextmanager
     def first_rank_first(self):
@@ -49,18 +48,18 @@ class Processes:
             return DistributedDataParallel(objective)
         from torch.distributed.fsdp import fully_shard
 
-        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.ranks,))
-        for module in (*objective.model.blocks, objective.model):
+        model = objective.model
+        mesh = dist.init_device_mesh(self.device.type, (self.ranks,))
+        for module in (*(model.layers if objective.codec else model.blocks), model):
             fully_shard(module, mesh=mesh)
         return objective
 
     def averaging(self, objective, last):
         """Gradients are averaged in the last backward pass of a step only."""
-        if self.ranks == 1:
-            return nullcontext()
         if isinstance(objective, DistributedDataParallel):
             return nullcontext() if last else objective.no_sync()
-        objective.model.set_requires_gradient_sync(last)
+        if self.ranks > 1:
+            objective.model.set_requires_gradient_sync(last)
         return nullcontext()
 
     def agree(self, loss, stop):

@@ -75,11 +75,25 @@ def test_two_processes_make_the_steps_of_one_and_one_goes_on_where_they_stopped(
     alone("--data", data, *RUN, "--steps", 6, "--out", tmp_path / "one")
     together(tmp_path, "--data", data, *RUN, *options, "--steps", 3, "--out", tmp_path / "two")
     # While the learning rate warms up it does not depend on the number of steps.
-    config = read_config(tmp_path / "two/last")
-    config["train"]["steps"] = 6
-    (tmp_path / "two/last/config.json").write_text(json.dumps(config))
-    alone("--resume", tmp_path / "two")
+    go_on(tmp_path / "two", alone)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def go_on(run, alone):
+    """Resumes a run of three steps and takes it to six."""
+    config = read_config(run / "last")
+    config["train"]["steps"] = 6
+    (run / "last/config.json").write_text(json.dumps(config))
+    alone("--resume", run)
+
+
+def test_a_refiner_may_be_sharded_too(tmp_path, data, alone):
+    """Its noise depends on the number of processes, so that the losses are near, not equal."""
+    refiner = " ".join(RUN).replace("--blocks", "--variant refiner --ema 0 --layers").split()
+    alone(*refiner, "--data", data, "--steps", 6, "--out", tmp_path / "one")
+    together(tmp_path, *refiner, "--data", data, "--fsdp", "--steps", 3, "--out", tmp_path / "two")
+    go_on(tmp_path / "two", alone)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0.2)
 
 
 def test_every_clip_of_a_step_belongs_to_one_process():
