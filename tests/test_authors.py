@@ -163,8 +163,8 @@ def test_the_shape_is_read_from_the_tensors(tmp_path):
     config, tensors = read_authors(write(tmp_path, saved(published(9))))
     assert config == {
         "model": dict(
-            variant="simba", codebooks=9, blocks=2, d_model=D, d_state=N, headdim=P, expand=2,
-            d_conv=4, ff_mult=2, d_text=TEXT, codebook_size=1024, trained_frames=2644, dropout=0.0,
+            variant="simba", codebooks=9, blocks=2, d_model=D, d_state=N, headdim=P, d_text=TEXT,
+            trained_frames=2644, dropout=0.0,
         ),
         "text": {"name": "google/flan-t5-base", "fill": 60},
         "codec": "dac",
@@ -229,12 +229,11 @@ def refusal(folder, content):
     "content, sentence",
     [
         (lambda: saved(published(), extra=Harmful()), "might run code"),
-        (lambda: pickle.dumps(Harmful()), "none that torch.save made"),
+        (lambda: pickle.dumps(Harmful()), "part of a file, or another model"),
         (lambda: saved(published())[:-5000], "part of a file"),
         (lambda: b"", "part of a file"),
-        (lambda: saved({}, state_dict=[1, 2]), "no state_dict"),
-        (lambda: saved({"epoch": 3}), "no state_dict of named tensors"),
-        (lambda: saved({}), "no tensor 'lm.embeddings.0.weight'"),
+        (lambda: saved({}, state_dict=[1, 2]), "another model"),
+        (lambda: saved({"epoch": 3}), "no 'lm.embeddings.0.weight'"),
     ],
 )
 def test_a_broken_file_gets_one_sentence_and_runs_nothing(content, sentence, tmp_path, monkeypatch):
@@ -251,8 +250,8 @@ def test_a_broken_file_gets_one_sentence_and_runs_nothing(content, sentence, tmp
             'Missing key(s) in state_dict: "blocks.1.norms.1.weight"',
         ),
         ("gate", torch.ones(1), 'Unexpected key(s) in state_dict: "gate"'),
-        ("backbone.0.mamba.mamba.norm.weight", torch.ones(0), "impossible shapes"),
-        ("backbone.0.mamba.mamba.norm.weight", torch.ones(()), "impossible shapes"),
+        ("backbone.0.mamba.mamba.dt_bias", torch.ones(0), "another model"),
+        ("backbone.0.mamba.mamba.dt_bias", torch.ones(()), "another model"),
         ("backbone.1.mamba.mamba.norm.weight", torch.ones(H * P + 1), "another shape"),
     ],
 )

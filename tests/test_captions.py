@@ -2,6 +2,7 @@
 holds on small ones of the same interface, with random weights."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,7 +15,7 @@ from test_data import lines, tone, write_song
 import data
 from curate import VOCAL
 from paper import captions
-from paper.captions import LPMusicCaps, Rephraser, Separator, mentions_vocals, read_table
+from paper.captions import Describer, LPMusicCaps, Separator, mentions_vocals, read_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +67,11 @@ def test_tables_of_captions_are_read_in_every_form(tmp_path):
 @pytest.mark.parametrize(
     "name, text, sentence",
     [
-        ("t.csv", "file,words\na,b\n", "needs `path` and `caption`"),
+        (
+            "t.csv",
+            "file,words\na,b\n",
+            "columns `path` and `caption` .*its columns are file, words",
+        ),
         ("t.jsonl", "no json", "could not be read as a table"),
         ("gone.csv", None, "could not be read as a table"),
         ("t.parquet", "PAR1", "pyarrow"),
@@ -89,8 +94,8 @@ def test_published_captions_come_as_parquet_from_the_hub(tmp_path, monkeypatch):
     package.parquet = parquet
     monkeypatch.setitem(sys.modules, "pyarrow", package)
     asked = []
-    fetch = lambda name, *rest: asked.append(name) or tmp_path / "train.parquet"
-    monkeypatch.setattr(captions, "download", fetch)
+    fetch = lambda name, file, repo_type: asked.append(name) or tmp_path / file
+    monkeypatch.setattr(captions, "hf_hub_download", fetch)
     assert read_table("disco-eth/jamendo-fma-captions") == {"14/214.mp3": "a song"}
     assert asked == ["disco-eth/jamendo-fma-captions"]
 
@@ -142,12 +147,12 @@ def captioner(tmp_path_factory):
     )  # fmt: skip
     config.save_pretrained(folder)
     torch.manual_seed(0)
-    torch.save({"state_dict": {}}, folder / "transfer.pth")  # let it start, then keep its weights
-    with pytest.raises(ValueError, match="is no captioner.* it lacks"):
+    torch.save({"state_dict": {}}, folder / "transfer.pth")
+    with pytest.raises(ValueError, match="holds no captioner.* it lacks"):
         LPMusicCaps(folder)
-    load, LPMusicCaps._load = LPMusicCaps._load, lambda self, file: None
-    weights = LPMusicCaps(folder).state_dict()
-    LPMusicCaps._load = load
+    with pytest.MonkeyPatch.context() as patch:  # let it start, and keep its weights
+        patch.setattr(LPMusicCaps, "load_state_dict", lambda *_, **__: ([], []))
+        weights = LPMusicCaps(folder).state_dict()
     published = {"audio_encoder.mel_encoder.mel_scale.fb": torch.zeros(513, 128)}
     torch.save({"state_dict": weights | published}, folder / "transfer.pth")
     return folder
@@ -178,29 +183,42 @@ def test_the_captioner_describes_each_ten_seconds(captioner):
     assert model(audio) == model(audio) and all(isinstance(text, str) for text in model(audio))
 
 
-def test_the_captioners_spectrogram_is_in_dB_of_mel_bands(captioner):
-    mel = LPMusicCaps(captioner).log_mel(torch.from_numpy(tone(10, 16000, 1000.0)).float()[None])
+def test_the_captioners_spectrogram_is_in_dB_of_mel_bands():
+    mel = captions.log_mel(torch.from_numpy(tone(10, 16000, 1000.0)).float()[None])
     assert mel.shape == (1, 128, 1001)
     edges = 700 * np.expm1(np.linspace(0, np.log1p(8000 / 700), 130))
     assert abs(edges[1 + int(mel[0].mean(1).argmax())] - 1000) < 40, "its band holds the tone"
     assert mel.min() >= -100.001
 
 
-def test_a_chat_model_makes_one_caption_of_three(chat_model):
-    rephrase = Rephraser(chat_model)
+@pytest.fixture
+def describe(monkeypatch, chat_model):
+    """Sentences -> what the chat model makes of them."""
+    monkeypatch.setattr(captions, "LPMusicCaps", lambda name: torch.nn.Identity())
+    return Describer("ear", str(chat_model))
+
+
+def test_a_chat_model_makes_one_caption_of_three(describe, chat_model):
     parts = ["a calm piano", "a calm piano with drums", "drums"]
-    said = rephrase(parts)
-    assert isinstance(said, str) and said and said == rephrase(parts)
-    assert "{captions}" in captions.PROMPT
+    said, by = describe(parts)
+    assert said and said == describe(parts)[0] and by == f"ear, {chat_model}"
+    assert not any(part in said for part in parts[:2])
+    assert describe(parts[:1]) == (parts[0], "ear"), "one sentence is the caption"
 
 
-def test_a_silent_chat_model_leaves_the_captions_as_they_are(chat_model):
-    rephrase = Rephraser(chat_model)
-    eos = rephrase.chat.tokenizer.eos_token_id
-    rephrase.chat.model.generate = lambda input_ids, **_: torch.cat(
+def test_a_silent_chat_model_leaves_the_captions_as_they_are(describe):
+    eos = describe.chat.tokenizer.eos_token_id
+    describe.chat.model.generate = lambda input_ids, **_: torch.cat(
         [input_ids, torch.tensor([[eos]])], 1
     )
-    assert rephrase(["one.", "two.", "one."]) == "one. two."
+    assert describe(["one.", "two.", "one."])[0] == "one. two."
+
+
+def test_a_model_that_does_not_chat_is_named(chat_model, tmp_path):
+    shutil.copytree(chat_model, tmp_path / "m")
+    (tmp_path / "m/chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="could not be loaded.*chat_template"):
+        Describer("ear", str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize(
@@ -217,29 +235,21 @@ def test_courtesies_are_cut(answer, text):
 
 @pytest.fixture
 def demucs(monkeypatch):
-    """HTDemucs' interface: four stems, the vocals being half of everything."""
+    """demucs.api's interface: four stems, the vocals being half of everything."""
     calls = []
 
-    def apply_model(model, mix, shifts, split, overlap, device):
-        assert mix.shape[:2] == (1, 2) and (shifts, split, overlap) == (0, True, 0.25)
-        assert abs(mix.mean()) < 1e-3 and abs(mix.std() - 1) < 1e-2, "normalised, as in training"
-        calls.append(mix.shape[2])
-        share = torch.tensor([0.1, 0.2, 0.2, 0.5]).view(4, 1, 1)
-        return (share * mix)[None]
+    class Fake:
+        def __init__(self, name, shifts):
+            assert (name, shifts) == ("htdemucs", 0)
 
-    def get_model(name):
-        assert name == "htdemucs"
-        model = torch.nn.Identity()
-        model.sources = ["drums", "bass", "other", "vocals"]
-        return model
+        def separate_tensor(self, audio):
+            assert audio.shape[0] == 2
+            calls.append(audio.shape[1])
+            return audio, dict(drums=0.1 * audio, bass=0.2 * audio, vocals=0.5 * audio,
+                               other=0.2 * audio)  # fmt: skip
 
-    for name, entries in {
-        "demucs": {}, "demucs.apply": dict(apply_model=apply_model),
-        "demucs.pretrained": dict(get_model=get_model),
-    }.items():  # fmt: skip
-        module = ModuleType(name)
-        module.__dict__.update(entries)
-        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "demucs", ModuleType("demucs"))
+    monkeypatch.setitem(sys.modules, "demucs.api", SimpleNamespace(Separator=Fake))
     return calls
 
 
@@ -253,7 +263,7 @@ def test_vocals_are_taken_out_and_the_rest_keeps_its_level(demucs):
     "make, sentence",
     [
         (Separator, "pip install demucs.*--keep-vocals"),
-        (lambda: Rephraser("./no-such-model"), "chat model ./no-such-model could not be loaded"),
+        (lambda: Describer("ear", "./no-such-model"), "chat model ./no-such-model could not be"),
         (lambda: LPMusicCaps("./no-such-model"), "facebook/bart-base"),
     ],
 )
