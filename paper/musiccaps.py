@@ -1,13 +1,13 @@
 """The paper's test: MusicCaps prompts without vocals, and MusicGen-small to compare with."""
 
 import numpy as np
+import soxr
 import torch
-from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from audio import SAMPLE_RATE, read_audio
-from paper.captions import explained, mentions_vocals
-from paper.sources import musiccaps_files, read_musiccaps
+from paper.captions import DEVICE, explained, mentions_vocals
+from paper.sources import read_musiccaps
 
 
 def ask(ruler, codec, table, folder, seconds, count=None) -> dict:
@@ -30,13 +30,14 @@ def ask(ruler, codec, table, folder, seconds, count=None) -> dict:
 def choose(table, folder, seconds, count, seed=0):
     """A seeded choice of clips whose captions have no vocal terms -> [(caption, audio (S,))].
 
-    table: musiccaps-public.csv, with columns ytid and caption; folder: audio files named by the
-    ytid, as downloaders write them. A clip that is more than 0.1 s too short is left out.
-    ValueError if there are fewer than `count`.
+    table: musiccaps-public.csv; folder: audio files with the ytid in their names. A clip that is
+    more than 0.1 s too short is left out. ValueError if there are fewer than `count`.
     """
-    files = musiccaps_files(folder)
-    captions = {k: c for k, c in read_musiccaps(table).items() if not mentions_vocals(c)}
-    rows = [(caption, files[ytid]) for ytid, caption in captions.items() if ytid in files]
+    rows = [
+        (caption, file)
+        for _, caption, file in read_musiccaps(table, folder)
+        if file and not mentions_vocals(caption)
+    ]
     chosen = []
     for i in np.random.default_rng(seed).permutation(len(rows)):
         caption, file = rows[i]
@@ -53,17 +54,14 @@ def choose(table, folder, seconds, count, seed=0):
 
 def musicgen(name, prompts, seconds, seeds):
     """MusicGen-small with its authors' settings -> yields (audio (S,), no tokens)."""
-    from transformers import AutoProcessor, MusicgenForConditionalGeneration
+    from transformers import pipeline
 
     with explained(f"no weights: get https://huggingface.co/facebook/{name} with `hf download`"):
-        model = MusicgenForConditionalGeneration.from_pretrained(f"facebook/{name}")
-        processor = AutoProcessor.from_pretrained(f"facebook/{name}")
-    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        player = pipeline("text-to-audio", f"facebook/{name}", device=DEVICE)
+    options = dict(
+        do_sample=True, guidance_scale=3.0, top_k=250, max_new_tokens=round(50 * seconds)
+    )
     for prompt, seed in zip(prompts, seeds):
         torch.manual_seed(seed)
-        inputs = processor(text=[prompt], padding=True, return_tensors="pt").to(model.device)
-        audio = model.generate(
-            **inputs, do_sample=True, guidance_scale=3.0, top_k=250,
-            max_new_tokens=round(50 * seconds),
-        )  # fmt: skip
-        yield resample_poly(audio[0, 0].float().cpu().numpy(), 441, 320), None
+        audio = player(prompt, generate_kwargs=options)["audio"]
+        yield soxr.resample(audio.reshape(-1), 32000, SAMPLE_RATE), None
