@@ -67,6 +67,7 @@ class Sampling:
 
 
 KEPT = 0.3  # of the trained length: what a model hears of its own music when it reads again
+EDGE = 0.04  # of it: what it does not play of longer music, since clips fade out at their end
 
 
 def guided(logits, guidance):
@@ -103,8 +104,8 @@ def generate(
     music to continue, which is not yielded again; before: its length in frames, if `codes` is only
     the end of it. ValueError if the model's output is not finite.
 
-    A model whose text is a prefix forgets it beyond the length of its training clips. So whenever
-    it reaches that length, it reads the text again, and the last `kept` frames of the music [KEPT
+    A model whose text is a prefix forgets it beyond the length of its training clips. So just
+    before it reaches that length, it reads the text again, and the last `kept` frames of the music [KEPT
     of that length; 0: it never does]. Memory does not grow with `frames`, except for a model with
     self-attention.
     """
@@ -123,6 +124,7 @@ def generate(
     trained = lm.config.trained_frames
     if kept is None:
         kept = round(KEPT * trained) if lm.config.prefix else 0
+    end = trained - round(EDGE * trained)
     steps = frames + K - 1
     # The next K - 1 columns are known in part: fine codes of the music so far, one frame behind
     # each other in the delay pattern.
@@ -136,9 +138,11 @@ def generate(
     for s in range(steps):
         if s == reading:
             recent = [*columns]
-            if kept and len(recent) >= trained:
+            if kept and len(recent) >= end:
                 recent = recent[-kept:]
-            left = min(steps - s, max(trained - len(recent), 1)) if kept else steps
+            left = steps - s
+            if kept and left > trained - len(recent):
+                left = max(end - len(recent), 1)
             reading = s + left
             codes = undelay(torch.stack(recent, 2)) if recent else codes
             past = before + T + s - len(recent)

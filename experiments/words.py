@@ -87,7 +87,8 @@ def judged(system, judge, codes, start, prompts, factors):
 def seams(system, codes, prompts, kept):
     """Measures at the places where the text was read again, and elsewhere -> two {column: Cell}"""
     trained = system.lm.config.trained_frames
-    places = [*range(trained, codes.shape[2] - 180, trained - kept)]
+    end = trained - round(sample.EDGE * trained)
+    places = [*range(end, codes.shape[2] - 180, end - kept)]
     elsewhere = [p - (trained - kept) // 2 for p in places]
     found = []
     for spots in (places, elsewhere):
