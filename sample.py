@@ -105,9 +105,9 @@ def generate(
     the end of it. ValueError if the model's output is not finite.
 
     A model whose text is a prefix forgets it beyond the length of its training clips. So just
-    before it reaches that length, it reads the text again, and the last `kept` frames of the music [KEPT
-    of that length; 0: it never does]. Memory does not grow with `frames`, except for a model with
-    self-attention.
+    before it reaches that length, it reads the text again, and the last `kept` frames of the music
+    [KEPT of that length; 0: it never does]. Memory does not grow with `frames`, except for a model
+    with self-attention.
     """
     K = len(lm.heads)
     device = lm.heads[0].weight.device
