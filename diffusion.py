@@ -28,17 +28,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from checkpoint import load_weights, read_config, read_model_config
-from model import (
-    Context,
-    FeedForward,
-    RMSNorm,
-    SelfAttention,
-    inverse_softplus,
-    log_uniform,
-    sinusoids,
-    ssd,
-)
-from options import check, option
+from model import FeedForward, RMSNorm, SelfAttention, check_shape, initial_dt_bias, sinusoids, ssd
+from options import option
 
 # ------------------------------------------------------------------------------------------------
 # 1  The noise
@@ -139,7 +130,7 @@ class BiMamba2(nn.Module):
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
         channels, taps = self.sizes[1], config.d_conv
         self.conv1d = nn.Conv1d(channels, channels, taps, groups=channels, padding=taps // 2)
-        self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(2 * heads, 1e-2, 1)))
+        self.dt_bias = initial_dt_bias(2 * heads, 1e-2, 1)
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1e-2, 1).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSNorm(d_inner, eps=1e-5)
@@ -161,11 +152,10 @@ class BiMamba2(nn.Module):
 class Attention(SelfAttention):
     """The baseline: every frame looks at every other."""
 
-    def __init__(self, config):
-        super().__init__(config, causal=False)
-
     def forward(self, h):
-        return super().forward(h, Context(None, None, None))[0]
+        q, k, v = rearrange(self.qkv(h), "b l (s h d) -> s b h l d", s=3, h=self.heads)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(y, "b h l d -> b l (h d)"))
 
 
 MIXERS = {"ssd": BiMamba2, "attention": Attention}
@@ -187,7 +177,7 @@ class Layer(nn.Module):
     def forward(self, h, modulation):  # (B, L, D), (B, 6, D)
         vectors = (self.table + modulation)[:, :, None].unbind(1)  # six of (B, 1, D)
         for mix, norm, (scale, shift, gate) in zip(
-            (self.mixer, self.ff.mix), self.norms, (vectors[:3], vectors[3:])
+            (self.mixer, self.ff.step), self.norms, (vectors[:3], vectors[3:])
         ):
             h = h + gate * mix(norm(h) * (1 + scale) + shift)
         return h
@@ -220,11 +210,7 @@ class RefinerConfig:
     window: int = option(861, "frames refined at once, as many as in training", "[1, inf)")
 
     def __post_init__(self):
-        check(self)
-        if self.backbone == "ssd" and self.expand * self.d_model % self.headdim:
-            raise ValueError(f"headdim {self.headdim} must divide {self.expand * self.d_model}")
-        if self.d_model % self.attention_heads:
-            raise ValueError(f"{self.attention_heads} attention heads must divide {self.d_model}")
+        check_shape(self)
         if self.d_conv % 2 == 0:
             raise ValueError(f"d_conv must be odd, to have a middle, not {self.d_conv}")
 

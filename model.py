@@ -20,7 +20,6 @@ Papers: the models are those of arXiv 2601.14786 ("SSMTTM" below), Fig. 1. Mamba
 from arXiv 2405.21060 ("SSD paper"). The delay pattern is MusicGen's, arXiv 2306.05284.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -55,13 +54,12 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None):
     The state is fp32 (fp64 for fp64 inputs): in bf16, 1.0 times 0.999 would stay 1.0 forever.
     """
     state = _initial_state(x, B, initial_state)
-    outputs = []
+    y = torch.zeros_like(x)
     for t in range(x.shape[1]):
         decay = torch.exp(dt[:, t] * A).to(state.dtype)  # (B, H)
         update = torch.einsum("bh,bhp,bn->bhpn", dt[:, t], x[:, t], B[:, t])
         state = decay[..., None, None] * state + update
-        outputs.append(torch.einsum("bhpn,bn->bhp", state, C[:, t].to(state.dtype)))
-    y = torch.stack(outputs, 1).to(x.dtype) if outputs else torch.zeros_like(x)  # (B, L, H, P)
+        y[:, t] = torch.einsum("bhpn,bn->bhp", state, C[:, t].to(state.dtype))
     if D is not None:
         y = y + D[:, None].to(x.dtype) * x
     return y, state
@@ -84,8 +82,15 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     L, H = x.shape[1:3]
     Q = max(1, min(chunk, L))
     state = _initial_state(x, B, initial_state)
+    # Matrix products multiply masked entries by zero, and 0 * NaN is NaN. So from the first frame
+    # with a NaN or an inf on, zeros are read and NaN is written. Earlier frames see nothing of it.
+    bad = ~ssd_kernel.good_frames(x, dt, B, C)  # (B, L)
+    spoilt = not x.is_cpu or torch.compiler.is_compiling() or bad.any()  # a GPU had better not wait
+    if spoilt:
+        x = x.masked_fill(bad[..., None, None], 0)
+        dt, B, C = (v.masked_fill(bad[..., None], 0) for v in (dt, B, C))
     if padding := -L % Q:
-        x, dt, B, C = (pad_time(v, padding) for v in (x, dt, B, C))
+        x, dt, B, C = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, padding)) for v in (x, dt, B, C))
 
     # Heads before frames, so that every product below reads contiguous matrices.
     u = rearrange(x * dt[..., None].to(x.dtype), "b (c q) h p -> b c h q p", q=Q).contiguous()
@@ -124,40 +129,16 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     y = rearrange(y, "b c h q p -> b (c q) h p")[:, :L]
     if D is not None:
         y = y + D[:, None].to(x.dtype) * x[:, :L]
+    if spoilt:
+        y = y.masked_fill(bad[..., None, None], torch.nan)
+        state = state.masked_fill(bad.any(1)[:, None, None, None], torch.nan)
     return y, state
-
-
-def nan_stays_causal(scan):
-    """Keeps a NaN or an inf in a frame out of the outputs and gradients of earlier frames. A matrix
-    product multiplies masked entries by zero, and 0 * NaN is NaN. So from such a frame on the scan
-    sees zeros, and its outputs become NaN. `ssd_kernel.ssd` does the same by itself."""
-
-    @functools.wraps(scan)
-    def contained(x, dt, A, B, C, *rest, **options):
-        good = ssd_kernel.good_frames(x, dt, B, C)  # (B, L)
-        if type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling() and good.all():
-            return scan(x, dt, A, B, C, *rest, **options)  # asking is cheaper than copying
-        dt, B, C = (torch.where(good[..., None], v, 0) for v in (dt, B, C))
-        x = torch.where(good[..., None, None], x, 0)
-        y, state = scan(x, dt, A, B, C, *rest, **options)
-        y = torch.where(good[..., None, None], y, torch.nan)
-        return y, torch.where(good.all(1)[:, None, None, None], state, torch.nan)
-
-    return contained
-
-
-ssd_chunked = nan_stays_causal(ssd_chunked)
 
 
 def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     """`ssd_kernel.ssd` where Triton kernels can run (`ssd_kernel.obstacle`), else `ssd_chunked`."""
     function = ssd_kernel.ssd if ssd_kernel.available(x) else ssd_chunked
     return function(x, dt, A, B, C, D, initial_state, chunk)
-
-
-def pad_time(v, n):
-    """(B, L, ...) -> (B, L + n, ...), zeros at the end"""
-    return torch.cat([v, v.new_zeros(v.shape[0], n, *v.shape[2:])], 1)
 
 
 def _initial_state(x, B, state):
@@ -196,99 +177,77 @@ class MambaState(NamedTuple):
     ssm: Tensor  # (B, H, P, N), fp32
 
 
-class StepWeights(NamedTuple):
-    """The parameters that `mamba_step` and `ssd_kernel.step` use."""
-
-    conv: Tensor  # (H P + 2 N, d_conv)
-    conv_bias: Tensor  # (H P + 2 N,)
-    dt_bias: Tensor  # (H,)
-    A_log: Tensor  # (H,)
-    D: Tensor  # (H,)
-    norm: Tensor  # (H P,)
-    eps: float
-
-
 class Mamba2(nn.Module):
     """Mamba-2 (SSD paper, sec. 7): projection, short convolution, SSD, gate, norm, projection."""
 
     def __init__(self, config):
         super().__init__()
-        self.chunk = config.chunk
-        self.headdim = config.headdim
-        self.d_inner = config.expand * config.d_model
-        self.d_state = config.d_state
-        heads = self.d_inner // config.headdim
-        self.sizes = [self.d_inner, self.d_inner + 2 * self.d_state, heads]  # z | x B C | dt
+        self.chunk, self.headdim = config.chunk, config.headdim
+        d_inner, N = config.expand * config.d_model, config.d_state
+        heads, channels = d_inner // config.headdim, d_inner + 2 * N
+        self.sizes = [d_inner, channels, heads]  # z | x B C | dt
+        self.inner_sizes = [d_inner, N, N]
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
-        self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], config.d_conv, groups=self.sizes[1])
+        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
         # As its authors: dt log-uniform in [1e-3, 1e-1] and -A uniform in [1, 16], so that heads
         # start with memories of one to a thousand frames.
-        dt_range = (1e-3, 1e-1)
-        A_range = (1, 16)
+        dt_range, A_range = (1e-3, 1e-1), (1, 16)
         if config.init == "memory":
             # With few heads and a small N, hardly any head still remembers the text when the music
             # begins. Slow decays, B and C that start near one (as Mamba-3's biases, arXiv
             # 2603.15569) and a convolution near the identity make each head a running mean.
-            dt_range = (1e-2, 1)
-            A_range = (1e-2, 1)
+            dt_range, A_range = (1e-2, 1), (1e-2, 1)
             self.conv1d.weight.data *= 0.3
             self.conv1d.weight.data[:, 0, -1] += 1  # the newest frame
-            self.conv1d.bias.data[self.d_inner :] = 1  # B and C
-        self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(heads, *dt_range)))
+            self.conv1d.bias.data[d_inner:] = 1  # B and C
+        self.dt_bias = initial_dt_bias(heads, *dt_range)
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_range).log())
         self.D = nn.Parameter(torch.ones(heads))
-        self.norm = RMSNorm(self.d_inner, eps=1e-5)
-        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
+        self.norm = RMSNorm(d_inner, eps=1e-5)
+        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
         self.step_function = mamba_step  # `sample.prepare` may put a compiled one here
 
     def forward(self, h, context, state=None):
         """h (B,L,D) -> y (B,L,D) and the MambaState after the last frame. `state`: the MambaState
         to start from, None for zeros. Gradients flow through both states."""
         z, xBC, dt = self.in_proj(h).split(self.sizes, -1)
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (B, L, H), fp32
         # Padding must leave no trace: nothing of it enters the convolution, and dt = 0 there, at
         # which the state neither decays nor changes.
         if context.mask is not None:
-            xBC = xBC * context.mask[..., None]
+            xBC, dt = xBC * context.mask[..., None], dt * context.mask[..., None]
         past = self.conv1d.kernel_size[0] - 1
-        before = xBC.new_zeros(len(h), past, self.sizes[1]) if state is None else state.conv
-        xBC = torch.cat([before.to(xBC.dtype), xBC], 1)  # (B, d_conv - 1 + L, H P + 2 N)
+        conv, ssm = state or (xBC.new_zeros(len(h), past, self.sizes[1]), None)
+        xBC = torch.cat([conv.to(xBC.dtype), xBC], 1)  # (B, d_conv - 1 + L, H P + 2 N)
         conv = xBC[:, -past:].clone()
         xBC = F.silu(self.conv1d(xBC.mT).mT)  # (B, L, H P + 2 N)
-        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], -1)
-        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (B, L, H), fp32
-        if context.mask is not None:
-            dt = dt * context.mask[..., None]
+        x, B, C = xBC.split(self.inner_sizes, -1)
         x = rearrange(x, "b l (h p) -> b l h p", p=self.headdim)
-        A = -torch.exp(self.A_log)
-        initial = None if state is None else state.ssm
-        y, ssm = ssd(x, dt, A, B, C, self.D, initial, self.chunk)
+        y, ssm = ssd(x, dt, -torch.exp(self.A_log), B, C, self.D, ssm, self.chunk)
         y = self.norm(rearrange(y, "b l h p -> b l (h p)") * F.silu(z))
         return self.out_proj(y), MambaState(conv, ssm)
 
     def step(self, h, state):
-        weights = StepWeights(
-            self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias, self.A_log, self.D,
-            self.norm.weight, self.norm.eps,
-        )  # fmt: skip
         on_gpu = ssd_kernel.available(state.ssm.mT)  # (..., P)
-        function = ssd_kernel.step if on_gpu else self.step_function
-        return self.out_proj(function(self.in_proj(h), *state, *weights))
+        y = (ssd_kernel.step if on_gpu else self.step_function)(
+            self.in_proj(h), *state, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias,
+            self.A_log, self.D, self.norm.weight, self.norm.eps,
+        )  # fmt: skip
+        return self.out_proj(y)
 
 
-def mamba_step(
-    zxBCdt, conv, ssm, conv_weight, conv_bias, dt_bias, A_log, D, norm, eps
-):  # fmt: skip
+def mamba_step(zxBCdt, conv, ssm, weight, bias, dt_bias, A_log, D, norm, eps):
     """One frame through the middle of `Mamba2`: from in_proj's output to out_proj's input.
 
     zxBCdt (B, 2 H P + 2 N + H) -> (B, H P). The MambaState conv (B, d_conv - 1, H P + 2 N) and ssm
-    (B,H,P,N) are updated in place; the rest are `StepWeights`. `ssd_kernel.step` does the same on
-    a GPU.
+    (B,H,P,N) are updated in place. weight (H P + 2 N, d_conv) and bias are the convolution's; norm
+    (H P,) and eps RMSNorm's. `ssd_kernel.step` does the same on a GPU.
     """
     H, P, N = ssm.shape[1:]
     z, xBC, dt = zxBCdt.split([H * P, H * P + 2 * N, H], -1)
     window = torch.cat([conv, xBC[:, None]], 1)  # (B, d_conv, H P + 2 N)
     conv.copy_(window[:, 1:])
-    xBC = F.silu((window * conv_weight.T).sum(1) + conv_bias)
+    xBC = F.silu((window * weight.T).sum(1) + bias)
     x, B, C = xBC.split([H * P, N, N], -1)
     x = rearrange(x, "b (h p) -> b h p", p=P)
     dt = F.softplus(dt + dt_bias).to(ssm.dtype)  # (B, H)
@@ -301,12 +260,10 @@ def mamba_step(
     return F.rms_norm(y.to(norm.dtype), norm.shape, norm, eps).to(zxBCdt.dtype)
 
 
-def log_uniform(count, low, high):
-    return torch.exp(torch.empty(count).uniform_(math.log(low), math.log(high)))
-
-
-def inverse_softplus(v):
-    return v + torch.log(-torch.expm1(-v))
+def initial_dt_bias(heads, low, high):
+    """Biases (heads,) whose softplus is log-uniform between low and high."""
+    dt = torch.exp(torch.empty(heads).uniform_(math.log(low), math.log(high)))
+    return nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
 
 
 class FeedForward(nn.Module):
@@ -314,19 +271,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden = config.ff_mult * config.d_model
-        self.up = nn.Linear(config.d_model, hidden)
-        self.down = nn.Linear(hidden, config.d_model)
+        self.up = nn.Linear(config.d_model, config.ff_mult * config.d_model)
+        self.down = nn.Linear(config.ff_mult * config.d_model, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
-    def mix(self, h):
-        return self.down(self.dropout(F.gelu(self.up(h))))
-
     def forward(self, h, context, state=None):
-        return self.mix(h), None
+        return self.step(h), None
 
-    def step(self, h, state):
-        return self.mix(h)
+    def step(self, h, state=None):  # (..., D): frames do not mix
+        return self.down(self.dropout(F.gelu(self.up(h))))
 
 
 class EinFFT(FeedForward):
@@ -340,15 +293,13 @@ class EinFFT(FeedForward):
     def __init__(self, config):
         nn.Module.__init__(self)
         size = config.d_model // self.BLOCKS
-        self.weights = nn.Parameter(
-            torch.randn(2, self.BLOCKS, size, size, 2) / math.sqrt(2 * size)
-        )
+        weights = torch.randn(2, self.BLOCKS, size, size, 2) / math.sqrt(2 * size)
+        self.weights = nn.Parameter(weights)
         self.biases = nn.Parameter(torch.zeros(2, self.BLOCKS, size, 2))
         self.dropout = nn.Dropout(config.dropout)
 
-    def mix(self, h):
-        weights = torch.view_as_complex(self.weights)
-        biases = torch.view_as_complex(self.biases)
+    def step(self, h, state=None):
+        weights, biases = map(torch.view_as_complex, (self.weights, self.biases))
         f = h.to(self.weights.dtype).unflatten(-1, (self.BLOCKS, -1))  # (..., 4, D / 4)
         f = torch.fft.fft2(f, norm="ortho")
         f = torch.einsum("...kd,kde->...ke", f, weights[0]) + biases[0]
@@ -367,41 +318,36 @@ class KVCache(NamedTuple):
     real: Tensor  # (B, capacity), True at frames that may be attended to
     length: Tensor  # (1,), slots in use
 
+    def with_room(self, steps):
+        """The same with empty slots for so many steps."""
+        k, v = (F.pad(slots, (0, 0, 0, steps)) for slots in (self.k, self.v))
+        return KVCache(k, v, F.pad(self.real, (0, steps)), self.length)
+
 
 class SelfAttention(nn.Module):
     """Multi-head causal attention: the mixer that the SSD is compared with. Its state grows."""
 
-    def __init__(self, config, causal=True):
+    def __init__(self, config):
         super().__init__()
         self.heads = config.attention_heads
-        self.causal = causal
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, h, context, state=None):
         B, L = h.shape[:2]
         q, k, v = rearrange(self.qkv(h), "b l (s h d) -> s b h l d", s=3, h=self.heads)
-        simple = state is None and context.mask is None
         real = h.new_ones(B, L, dtype=torch.bool) if context.mask is None else context.mask
-        past = 0
-        if state is not None:
-            past = int(state.length)
+        past = int(state.length) if state else 0
+        if state:
             k = torch.cat([state.k[:, :, :past], k], 2)
             v = torch.cat([state.v[:, :, :past], v], 2)
             real = torch.cat([state.real[:, :past], real], 1)
         mask = None
-        if not simple:
-            mask = real[:, None, None].expand(B, 1, L, past + L)
-            if self.causal:
-                now_or_before = torch.ones(L, past + L, dtype=torch.bool, device=h.device).tril(
-                    past
-                )
-                mask = mask & now_or_before
-                # A padded frame attends to itself: a row without any key would be NaN.
-                mask = mask | torch.eye(L, past + L, dtype=torch.bool, device=h.device).roll(
-                    past, 1
-                )
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and simple)
+        if state or context.mask is not None:
+            until_now = torch.ones(L, past + L, dtype=torch.bool, device=h.device).tril(past)
+            # A padded frame attends to itself: a row without any key would be NaN.
+            mask = real[:, None, None] & until_now | until_now.triu(past)  # (B, 1, L, past + L)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         length = torch.tensor([past + L], device=h.device)
         return self.out(rearrange(y, "b h l d -> b l (h d)")), KVCache(k, v, real, length)
 
@@ -414,21 +360,10 @@ class SelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, state.k, state.v, state.real[:, None, None])
         return self.out(y.flatten(1))
 
-    def with_room(self, state, steps):
-        """The state with empty slots for so many steps."""
-        k = F.pad(state.k, (0, 0, 0, steps))
-        v = F.pad(state.v, (0, 0, 0, steps))
-        return KVCache(k, v, F.pad(state.real, (0, steps)), state.length)
-
-
-class TextCache(NamedTuple):
-    k: Tensor  # (B, heads, S, D / heads)
-    v: Tensor
-    mask: Tensor  # (B, 1, 1, S)
-
 
 class CrossAttention(nn.Module):
-    """Every frame attends to the whole text. Keys and values are computed once: the state."""
+    """Every frame attends to the whole text. The state: keys and values, computed once, and the
+    text's mask."""
 
     def __init__(self, config):
         super().__init__()
@@ -440,16 +375,13 @@ class CrossAttention(nn.Module):
     def forward(self, h, context, state=None):
         if state is None:
             k, v = rearrange(self.kv(context.text), "b s (n h d) -> n b h s d", n=2, h=self.heads)
-            state = TextCache(k, v, context.text_mask[:, None, None])
-        return self._attend(h, state), state
+            state = k, v, context.text_mask[:, None, None]
+        q = rearrange(self.q(h), "b l (h d) -> b h l d", h=self.heads)
+        y = F.scaled_dot_product_attention(q, *state)
+        return self.out(rearrange(y, "b h l d -> b l (h d)")), state
 
     def step(self, h, state):
-        return self._attend(h[:, None], state)[:, 0]
-
-    def _attend(self, h, state):
-        q = rearrange(self.q(h), "b l (h d) -> b h l d", h=self.heads)
-        y = F.scaled_dot_product_attention(q, state.k, state.v, attn_mask=state.mask)
-        return self.out(rearrange(y, "b h l d -> b l (h d)"))
+        return self(h[:, None], None, state)[0][:, 0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -461,7 +393,6 @@ VARIANTS = {  # SSMTTM, Fig. 1 (a)-(d): the layers of one block
     "cross-simba": (Mamba2, CrossAttention, FeedForward),
     "transformer": (SelfAttention, CrossAttention, FeedForward),
 }
-CLOCKS = ("text", "music", "beat")
 
 
 @dataclass
@@ -488,26 +419,30 @@ class LMConfig:
     d_text: int = option(768, "width of the text encoder's output", "[1, inf)")
     dropout: float = option(0.3, "after every layer and inside the feed-forward", "[0, 1)")
     codebook_size: int = option(1024, "codes; one more id is begin and padding", "[2, inf)")
-    clock: str = option("text", "where positions start: text, music or beat", [*CLOCKS])
+    clock: str = option("text", "where positions start", ["text", "music", "beat"])
     trained_frames: int = option(2584, "later positions repeat the last one", "[1, inf)")
 
     def __post_init__(self):
-        check(self)
+        check_shape(self)
         if self.mixer == "einfft" and self.variant not in ("simba", "cross-simba"):
             raise ValueError(f"--mixer einfft goes with simba and cross-simba, not {self.variant}")
-        if self.d_model % 4:
-            raise ValueError(f"--d-model must be a multiple of 4, not {self.d_model}")
-        if self.expand * self.d_model % self.headdim:
-            raise ValueError(f"--headdim {self.headdim} must divide {self.expand * self.d_model}")
-        if self.d_model % self.attention_heads:
-            raise ValueError(
-                f"--attention-heads {self.attention_heads} must divide --d-model {self.d_model}"
-            )
 
     @property
     def prefix(self):
         """Whether the text comes in front of the music, or through cross-attention."""
         return CrossAttention not in VARIANTS[self.variant]
+
+
+def check_shape(config):
+    """ValueError, in one sentence, if fields of an LMConfig or a RefinerConfig cannot be."""
+    check(config)
+    D, heads, inner = config.d_model, config.attention_heads, config.expand * config.d_model
+    if D % 4:
+        raise ValueError(f"--d-model must be a multiple of 4, not {D}")
+    if D % heads:
+        raise ValueError(f"--attention-heads {heads} must divide --d-model {D}")
+    if inner % config.headdim:
+        raise ValueError(f"--headdim {config.headdim} must divide {inner}")
 
 
 class Block(nn.Module):
@@ -523,8 +458,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, h, context, states=None):
+        states = states or [None] * len(self.layers)
         after = []
-        for layer, norm, state in zip(self.layers, self.norms, states or [None] * len(self.layers)):
+        for layer, norm, state in zip(self.layers, self.norms, states):
             y, state = layer(norm(h), context, state)
             h = h + self.dropout(y)
             after.append(state)
@@ -546,7 +482,7 @@ def sinusoids(position, width, dtype=torch.float32):
 class LMState(NamedTuple):
     """All that the model remembers of what it has read."""
 
-    blocks: list  # for each block and layer: MambaState, KVCache, TextCache or None
+    blocks: list  # what each layer of each block returned: MambaState, KVCache, ...
     position: Tensor  # (B,), of the next frame (LMConfig.clock); padding does not count
     tempo: Tensor  # (B,), the bpm in the text, 0 where there is none
     past: int  # frames of music before position 0, which count for the metronome
@@ -561,8 +497,6 @@ class MusicLM(nn.Module):
     tempo, which may be left out.
     """
 
-    PERIODS = (1 / 4, 1 / 2, 1, 2, 3, 4)  # beats: from a sixteenth note to a bar
-
     def __init__(self, config: LMConfig):
         super().__init__()
         self.config = config
@@ -573,10 +507,10 @@ class MusicLM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.heads = nn.ModuleList(nn.Linear(D, V, bias=False) for _ in range(config.codebooks))
         if config.clock == "beat":
-            self.beat_proj = nn.Linear(2 * len(self.PERIODS) + 1, D, bias=False)
+            periods = torch.tensor([1 / 4, 1 / 2, 1, 2, 3, 4])  # beats: a sixteenth note to a bar
+            self.register_buffer("periods", periods, persistent=False)
+            self.beat_proj = nn.Linear(2 * len(periods) + 1, D, bias=False)
             self.beat_proj.weight.data.zero_()  # starts as clock "music"
-            # A buffer, because a CUDA graph allows no copies from the host.
-            self.register_buffer("periods", torch.tensor(self.PERIODS), persistent=False)
         self.recompute = 0  # in training, this many blocks are recomputed in the backward pass
         # What a layer adds to the residual stream shrinks with depth, as in GPT-2 and Mamba.
         depth = sum(len(block.layers) for block in self.blocks)
@@ -587,10 +521,7 @@ class MusicLM(nn.Module):
     def forward(self, codes, text, text_mask, tempo=None):
         K, L = codes.shape[1:]
         h, _ = self.read(self.delay(codes)[:, :, : L + K - 1], text, text_mask, tempo)
-        logits = self.logits(h)  # (B, K, L + K - 1, V)
-        if K == 1:
-            return logits
-        return torch.stack([logits[:, k, k : k + L] for k in range(K)], 1)  # (B, K, L, V)
+        return torch.stack([head(h[:, k : k + L]) for k, head in enumerate(self.heads)], 1)
 
     def logits(self, h):
         """hidden (B, ..., D) -> (B, K, ..., V)"""
@@ -617,14 +548,14 @@ class MusicLM(nn.Module):
         """
         h = self._embed(columns)
         B, L = h.shape[:2]
+        position = torch.arange(L, device=h.device).expand(B, L)
         mask = None
-        if state is not None:
+        if state:
             tempo, past = state.tempo, state.past
-            position = state.position[:, None] + torch.arange(L, device=h.device)
+            position = state.position[:, None] + position
         else:
             tempo = text.new_zeros(B) if tempo is None else tempo
             text = self.text_norm(self.text_proj(text))  # (B, S, D)
-            position = torch.arange(L, device=h.device).expand(B, L)
             if self.config.prefix:
                 # Padding moves to the left, so that the text ends where the music begins.
                 text_mask, order = text_mask.sort(dim=1, stable=True)
@@ -635,9 +566,9 @@ class MusicLM(nn.Module):
                     position = (mask.cumsum(1) - 1).clamp(min=0)
                 else:  # the text has negative positions
                     position = torch.arange(-text.shape[1], L, device=h.device).expand(B, -1)
-        h = h + self._positions(position, tempo[:, None], past).to(h.dtype)
+        h = h + self._positions(position, tempo[:, None], past)
         context = Context(text, text_mask, mask)
-        before = state.blocks if state is not None else [None] * len(self.blocks)
+        before = state.blocks if state else [None] * len(self.blocks)
         after = []
         for i, (block, states) in enumerate(zip(self.blocks, before)):
             if self.training and i < self.recompute:
@@ -678,17 +609,13 @@ class MusicLM(nn.Module):
             codes = torch.empty(len(text), len(self.heads), 0, dtype=torch.long, device=text.device)
         columns = self.delay(codes)[:, :, : codes.shape[2] + 1]
         h, state = self.read(columns, text, text_mask, tempo, past=past)
-        for block, states in zip(self.blocks, state.blocks):
-            for i, layer in enumerate(block.layers):
-                if hasattr(layer, "with_room"):
-                    states[i] = layer.with_room(states[i], room)
+        for states in state.blocks:
+            states[:] = [s.with_room(room) if hasattr(s, "with_room") else s for s in states]
         return self.logits(h[:, -1]), state
 
     def step(self, column, state):
         """column (B,K), the tokens just chosen -> logits (B,K,V) of the next; updates state."""
-        h = self._embed(column)
-        position = self._positions(state.position, state.tempo, state.past)
-        h = h + position.to(self.text_norm.weight.dtype)
+        h = self._embed(column) + self._positions(state.position, state.tempo, state.past)
         for block, states in zip(self.blocks, state.blocks):
             h = block.step(h, states)
         state.position.add_(1)
