@@ -14,6 +14,7 @@ The file has three parts: sampling (`generate`, one token at a time), what plays
 
 import collections
 import copy
+import functools
 import itertools
 import os
 import re
@@ -27,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -66,8 +66,12 @@ class Sampling:
         check(self)
 
 
-KEPT = 0.3  # of the trained length: what a model hears of its own music when it reads again
-EDGE = 0.04  # of it: what it does not play of longer music, since clips fade out at their end
+EDGE = 0.04  # of the trained length: what is not played of longer music, since clips fade out
+
+
+def remembered(lm):
+    """Frames of its own music that a model hears when it reads again."""
+    return round(0.3 * lm.config.trained_frames)
 
 
 def guided(logits, guidance):
@@ -106,8 +110,8 @@ def generate(
 
     A model whose text is a prefix forgets it beyond the length of its training clips. So just
     before it reaches that length, it reads the text again, and the last `kept` frames of the music
-    [KEPT of that length; 0: it never does]. Memory does not grow with `frames`, except for a model
-    with self-attention.
+    [as many as are `remembered`; 0: it never does]. Memory does not grow with `frames`, except for
+    a model with self-attention.
     """
     K = len(lm.heads)
     device = lm.heads[0].weight.device
@@ -115,15 +119,12 @@ def generate(
         codes = torch.empty(len(prompts), K, 0, dtype=torch.long)
     codes = codes.to(device)
     T = codes.shape[2]
-    before = (T if before is None else before) - T
-    captions = [*prompts]
-    both_halves = lambda v: v
-    if guidance != 1:
-        captions += [negative] * len(prompts)
-        both_halves = lambda v: torch.cat([v, v])
+    before = T if before is None else before
+    halves = 1 if guidance == 1 else 2  # with the prompt, and without
+    captions = [*prompts, *[negative] * len(prompts)][: halves * len(prompts)]
     trained = lm.config.trained_frames
     if kept is None:
-        kept = round(KEPT * trained) if lm.config.prefix else 0
+        kept = remembered(lm) if lm.config.prefix else 0
     end = trained - round(EDGE * trained)
     steps = frames + K - 1
     # The next K - 1 columns are known in part: fine codes of the music so far, one frame behind
@@ -145,14 +146,14 @@ def generate(
                 left = max(end - len(recent), 1)
             reading = s + left
             codes = undelay(torch.stack(recent, 2)) if recent else codes
-            past = before + T + s - len(recent)
+            past = before + s - len(recent)
             with precision(lm):
-                logits, state = lm.prefill(*text, both_halves(codes), left, past)
+                logits, state = lm.prefill(*text, torch.cat([codes] * halves), left, past)
             step = None
         if s % block == 0:
             uniform = torch.stack([torch.rand(block, K, generator=g) for g in generators])
             uniform = uniform.to(device)  # (R, block, K)
-        if guidance != 1:
+        if halves == 2:
             logits = guided(logits, guidance)  # (R, K, V)
         column = sample_tokens(logits, uniform[:, s % block], temperature, top_k, top_p)
         if s < K - 1:
@@ -166,7 +167,7 @@ def generate(
             yield torch.stack(done, 2).cpu()
             done = []
         if s + 1 < reading:
-            column = both_halves(column)
+            column = torch.cat([column] * halves)
             with precision(lm):
                 step = step or step_function(lm, column, state)
                 logits = step(column)
@@ -257,37 +258,32 @@ class System:
     """
 
     def __init__(self, folder, refiner=""):
-        config = read_config(folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        lm = load_checkpoint(folder)
+        self.lm = prepare(load_checkpoint(folder), device)
         self.encoder = load_text_encoder(folder).to(device)
-        self.codec = load_codec(config.get("codec"))
-        self.lm = prepare(lm, device)
-        self.sampling = asdict(stored_sampling(folder, config))
-        self.second = None if refiner is None else find_refiner(lm, self.codec, refiner)
-        self.refining = {}
+        self.codec = load_codec(read_config(folder).get("codec"))
+        self.sampling = stored_sampling(folder)
+        self.second = None if refiner is None else find_refiner(self.lm, self.codec, refiner)
         if self.second:
             self.refiner = load_refiner(self.second).to(device)
             self.refiner_encoder = load_text_encoder(self.second).to(device)
             # The refiner needs the codec's entries on its device; decoding stays on the CPU.
             self.refiner_codec = copy.deepcopy(self.codec).to(device)
-            self.refining = read_config(self.second).get("sampling") or {}
+            self.refining = read_config(self.second).get("sampling", {})
 
     def refine(self, prompt, pieces, seed, heard=None):
         """First-codebook codes, (1, l) at a time -> those of all codebooks (`diffusion.refine`)."""
         parts = self.refiner, self.refiner_encoder, self.refiner_codec
         return refine(*parts, prompt, pieces, seed, heard=heard, **self.refining)
 
-    def audio(self, prompt, seed, pieces, heard=None):
+    def audio(self, prompt, seed, pieces, heard):
         """Codes (K, l) at a time -> audio (samples,), 1.5 s at a time. heard (9, T): codes of the
         music that is continued, which is played first."""
+        last_stage = self.refiner if self.second else self.lm
+        heard = heard[: last_stage.config.codebooks]
         if self.second:
-            heard = None if heard is None else heard[: self.refiner.config.codebooks]
-            pieces = ahead(self.refine(prompt, ahead(pieces), seed, heard=heard))
-        elif heard is not None:
-            heard = heard[: self.lm.config.codebooks]
-        pieces = pieces if heard is None else itertools.chain([heard], pieces)
-        return decode_stream(self.codec, pieces)
+            pieces = ahead(self.refine(prompt, ahead(pieces), seed, heard))
+        return decode_stream(self.codec, itertools.chain([heard], pieces))
 
 
 TURN = 0.15  # seconds of the old music that are kept when the words change
@@ -304,13 +300,11 @@ def follow(system, wish):
 
     def units():
         codes = torch.empty(system.codec.codebooks, 0, dtype=torch.long)
-        playing = None
+        playing = None, None
         for number in itertools.count():
             prompt, seed, options = wish()
             if (prompt, seed) != playing:
-                if playing and seed != playing[1]:
-                    codes = codes[:, :0]
-                codes = codes[:, -turn:]
+                codes = codes[:, -turn:] if seed == playing[1] else codes[:, :0]
                 playing = prompt, seed
                 unit = unit_of(float(system.encoder([prompt])[2])) * FRAME_RATE
                 count = begin = 0  # units and frames since the words changed
@@ -327,7 +321,7 @@ def follow(system, wish):
             if system.second:
                 made = torch.cat([*system.refine(prompt, [made], now, codes)], 1)
             codes = torch.cat([codes[: len(made)], made], 1)
-            codes = codes[:, -round(KEPT * system.lm.config.trained_frames) :]
+            codes = codes[:, -remembered(system.lm) :]
             yield made
 
     return decode_stream(system.codec, units(), 43)
@@ -356,11 +350,10 @@ def ahead(items, depth=4):
         pool.shutdown(cancel_futures=True)
 
 
-def stored_sampling(folder, config) -> Sampling:
-    """The options that a checkpoint was shipped with, else the paper's."""
-    stored = config.get("sampling") or {}
+def stored_sampling(folder) -> dict:
+    """The `Sampling` that a checkpoint was shipped with, else the paper's."""
     try:
-        return Sampling(**stored)
+        return asdict(Sampling(**read_config(folder).get("sampling", {})))
     except TypeError:
         raise ValueError(f'{folder}/config.json: "sampling" holds unknown options') from None
 
@@ -396,18 +389,6 @@ def find_refiner(lm, codec, folder=""):
 # 3  The command
 
 
-@dataclass
-class Command:
-    """Options of the command besides `Sampling`."""
-
-    seconds: float = option(10.0, "length of the music", "(0, 1000000]")
-    seed: int = option(0, "sample i of a prompt has seed SEED + i", "[0, 4294967296)")
-    n: int = option(1, "samples of each prompt", "[1, 10000]")
-
-    def __post_init__(self):
-        check(self)
-
-
 def main(argv=None):
     args = parse_arguments(argv)
     prompts = read_prompts(args)
@@ -419,67 +400,48 @@ def main(argv=None):
         raise ValueError("--follow goes with --play or --stream, and without --continue")
     paths = [] if live else output_paths(args, jobs)
     system = System(args.checkpoint, None if args.no_refiner else args.refiner)
-    say = lambda text: print(text, file=sys.stderr if args.stream else sys.stdout, flush=True)
+    say = functools.partial(print, file=sys.stderr if args.stream else sys.stdout, flush=True)
     introduce(system, args, say)
-    if system.second:
-        check_value("steps", args.steps, f"[1, {system.refiner.config.timesteps}]")
     for text in [*prompts, args.negative]:
         if system.encoder.is_too_long(text):
             kept = system.encoder.max_tokens
             say(f"warning: only the first {kept} tokens of this prompt are read: {text[:60]}...")
+    if system.second and args.steps is not None:
+        check_value("steps", args.steps, f"[1, {system.refiner.config.timesteps}]")
+        system.refining |= dict(steps=args.steps)
 
     started = time.time()
     codec = system.codec
-    sampling = {field.name: getattr(args, field.name) for field in fields(Sampling)}
-    sampling["negative"] = args.negative
-    if system.second:
-        system.refining |= {"steps": args.steps}
     if args.follow:
         latest = [prompts[0]]
         threading.Thread(target=read_wishes, args=(latest,), daemon=True).start()
-        audio = follow(system, lambda: (latest[0], args.seed, sampling))
+        audio = follow(system, lambda: (latest[0], args.seed, args.sampling))
         return play(audio, codec.sample_rate, args.stream)
     frames = max(1, round(args.seconds * codec.sample_rate / codec.hop))
-    heard = known = None
+    heard = torch.empty(codec.codebooks, 0, dtype=torch.long)
     if args.continue_file:
         heard = codec.encode(read_audio(args.continue_file))[0]  # (9, T)
-        known = heard[: system.lm.config.codebooks, -system.lm.config.trained_frames :]
-        known = known.expand(len(jobs), -1, -1)
+    known = heard[: system.lm.config.codebooks, -system.lm.config.trained_frames :]
     blocks = generate(
         system.lm, system.encoder, [prompt for prompt, _ in jobs], frames,
-        [seed for _, seed in jobs], codes=known, **sampling,
+        [seed for _, seed in jobs], codes=known.expand(len(jobs), -1, -1), **args.sampling,
     )  # fmt: skip
     blocks = tqdm(blocks, total=-(-frames // 64), unit="block", disable=None, leave=False)
+    if len(jobs) == 1:  # it is decoded while it is made
+        made = [(block[0] for block in blocks)]
+    else:
+        made = [[codes] for codes in torch.cat([*blocks], 2)]
     if live:
-        pieces = (block[0] for block in blocks)
-        play(system.audio(*jobs[0], pieces, heard), codec.sample_rate, args.stream)
-        return
-    frames += 0 if heard is None else heard.shape[1]
-    for path, (prompt, seed), pieces in zip(paths, jobs, one_by_one(blocks, len(jobs))):
-        picture = Picture(frames * codec.hop)
+        return play(system.audio(*jobs[0], made[0], heard), codec.sample_rate, args.stream)
+    samples = (heard.shape[1] + frames) * codec.hop
+    for path, (prompt, seed), pieces in zip(paths, jobs, made):
+        picture = Picture(samples)
         audio = system.audio(prompt, seed, pieces, heard)
-        write_stream(path, picture.watch(audio), frames * codec.hop)
+        write_stream(path, picture.watch(audio), samples)
         picture.save(path.with_suffix(".png"), f"{prompt} (seed {seed})", codec.sample_rate)
         say(f"{path} and {path.with_suffix('.png')}")
-    seconds = len(jobs) * frames * codec.hop / codec.sample_rate
+    seconds = len(jobs) * samples / codec.sample_rate
     say(f"{seconds:.1f} s of audio in {time.time() - started:.1f} s")
-
-
-def read_wishes(latest):
-    """Puts each line of standard input into `latest`, a list of one prompt."""
-    for line in sys.stdin:
-        latest[0] = line.strip() or latest[0]
-
-
-def one_by_one(blocks, count):
-    """Blocks of codes (R, K, l) -> for each of R = `count` samples its pieces (K, l). A single
-    sample is decoded while it is made; several are all made first, as their codes are small."""
-    if count == 1:
-        yield (block[0] for block in blocks)
-        return
-    codes = np.concatenate([block.numpy().astype(np.uint16) for block in blocks], 2)
-    for sample in codes:
-        yield [torch.from_numpy(sample.astype(np.int64))]
 
 
 def introduce(system, args, say):
@@ -497,6 +459,12 @@ def introduce(system, args, say):
         )
 
 
+def read_wishes(latest):
+    """Puts each line of standard input into `latest`, a list of one prompt."""
+    for line in sys.stdin:
+        latest[0] = line.strip() or latest[0]
+
+
 def add_models(parser):
     """The options that say which models play."""
     add = parser.add_argument
@@ -511,29 +479,30 @@ def parse_arguments(argv):
     first.add_argument("--no-refiner", action="store_true", help="play codebook 1 alone")
     known = first.parse_known_args(argv)[0]
     folder = Path(known.checkpoint) if known.checkpoint else newest_checkpoint()
-    sampling = asdict(stored_sampling(folder, read_config(folder)))
-    refiner = Path(known.refiner) if known.refiner else newest_checkpoint(refiner=True)
-    steps = (read_config(refiner).get("sampling") or {}).get("steps", 25)
 
     parser = new_parser(__doc__, parents=[first])
     parser.set_defaults(checkpoint=folder)
     add = parser.add_argument
     add("prompts", nargs="*", help="what to play, in words")
     add("--file", help="more prompts, one per line")
-    add_arguments(parser, Command)
-    add_arguments(parser, Sampling, **sampling)
+    add("--seconds", type=float, default=10.0, help="length of the music [10]")
+    add("--seed", type=int, default=0, help="sample i of a prompt has seed SEED + i [0]")
+    add("--n", type=int, default=1, help="samples of each prompt [1]")
+    add_arguments(parser, Sampling, **stored_sampling(folder))
     add("--negative", default="", help="a prompt to move away from")
     add("--continue", dest="continue_file", metavar="FILE", help="audio to continue")
-    add("--steps", type=int, default=steps, help=f"of the refiner; the paper's are 100 [{steps}]")
+    add("--steps", type=int, help="of the refiner; the paper's are 100 [what it was stored with]")
     add("--out", help="a .wav, .flac or .ogg file, or a folder [PROMPT.wav here]")
     add("--play", action="store_true", help="play the sample while it is made")
-    add(
-        "--follow", action="store_true", help="endless; each line of standard input is a new prompt"
-    )
+    endless = "endless; each line of standard input is a new prompt"
+    add("--follow", action="store_true", help=endless)
     add("--stream", action="store_true", help="write it to standard output, 16-bit mono PCM")
     args = parser.parse_args(argv)
-    for kind in (Command, Sampling):
-        kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
+    check_value("seconds", args.seconds, "(0, 1000000]")
+    check_value("seed", args.seed, "[0, 4294967296)")
+    check_value("n", args.n, "[1, 10000]")
+    chosen = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    args.sampling = asdict(chosen) | dict(negative=args.negative)
     return args
 
 
@@ -552,32 +521,23 @@ def read_prompts(args):
 def output_paths(args, jobs):
     """One path per job, all different, in a folder that can be written to; the extension chooses
     the format."""
-    out = Path(args.out) if args.out else Path()
+    out = Path(args.out or "")
     if out.suffix and not out.is_dir():
         if out.suffix.lower() not in FORMATS:
             raise ValueError(f"{out}: the format must be one of {', '.join(FORMATS)}")
-        numbers = [f"-{i}" for i in range(len(jobs))] if len(jobs) > 1 else [""]
-        wanted = [out.with_stem(out.stem + number) for number in numbers]
+        paths = [out] * len(jobs)
     else:
         slugs = [re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:60] for prompt, _ in jobs]
         numbers = [f"-{seed}" if args.n > 1 else "" for _, seed in jobs]
-        wanted = [out / f"{slug or 'sample'}{n}.wav" for slug, n in zip(slugs, numbers)]
-    paths = []
-    for path in wanted:
-        unique = path
-        number = 0
-        while unique in paths:
-            number += 1
-            unique = path.with_stem(f"{path.stem}-{number}")
-        paths.append(unique)
-    for folder in {path.parent for path in paths}:
-        ensure_writable(folder)
+        paths = [out / f"{slug or 'sample'}{n}.wav" for slug, n in zip(slugs, numbers)]
+    if len({*paths}) < len(paths):
+        paths = [path.with_stem(f"{path.stem}-{i}") for i, path in enumerate(paths)]
+    ensure_writable(paths[0].parent)
     return paths
 
 
 def play(chunks, sample_rate, to_stdout):
-    player = None
-    sink = sys.stdout.buffer
+    player, sink = None, sys.stdout.buffer
     if not to_stdout:
         command = next((c for c in PLAYERS if shutil.which(c[0])), None)
         if command is None:

@@ -149,7 +149,7 @@ def main(argv=None):
             )
             table[f"{name}: last 10 s"]["repeated"] = longest
             if system.lm.config.prefix and kept is None:
-                kept = round(sample.KEPT * system.lm.config.trained_frames)
+                kept = sample.remembered(system.lm)
                 for where, cells in zip(
                     ("readings", "elsewhere"), seams(system, codes, prompts, kept)
                 ):

@@ -1,5 +1,6 @@
 """Playing the shipped model: any length, any format, the same audio for the same seed."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -98,8 +99,21 @@ def test_help_shows_the_defaults_that_act(tmp_path, monkeypatch, capsys):
     text = " ".join(capsys.readouterr().out.split())
     stored = sample.read_config(sample.SHIPPED)["sampling"]
     assert f"not amplified [{stored['guidance']}]" in text
-    steps = sample.read_config(sample.SHIPPED_REFINER)["sampling"]["steps"]
-    assert f"the paper's are 100 [{steps}]" in text
+
+
+def test_the_steps_are_those_that_the_refiner_which_plays_was_stored_with(tmp_path, monkeypatch):
+    """And not those of a newer refiner, which is of another codec."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "out/newer/best"
+    folder.mkdir(parents=True)
+    about = dict(model=dict(backbone="ssd"), train={}, codec="dac", sampling=dict(steps=99))
+    (folder / "config.json").write_text(json.dumps(about))
+    asked, real = [], sample.refine
+    keep = lambda *parts, **options: asked.append(options["steps"]) or real(*parts, **options)
+    monkeypatch.setattr(sample, "refine", keep)
+    for more in ([], ["--steps", "3"]):
+        sample.main(["jazz", "--seconds", "0.1", "--out", "x.wav", *more])
+    assert asked == [sample.read_config(sample.SHIPPED_REFINER)["sampling"]["steps"], 3]
 
 
 def test_n_samples_are_those_of_n_seeds_and_formats_follow_the_extension(tmp_path):
