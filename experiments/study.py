@@ -75,7 +75,6 @@ class Study:
             raise ValueError(f"{data} was not made by `python -m toy build`, which the study needs")
         self.codec, self.judge = load_codec("toy"), load_judge()
         asked = questions.ask(self.codec, 32 // part, ["sentence"])
-        asked |= dict(repeated=None, training=None)
         self.task = evaluate.Task(seconds=10.0, codec=self.codec, **asked)
         self.captions = self.task.prompts["sentence"]
 
@@ -236,7 +235,7 @@ class Study:
         task = replace(self.task, factors=self.task.factors[:n], real=self.task.real.of(range(n)))
         for label in VARIANTS:
             system = f"{self.best(label)}+{SHIPPED_REFINER}"
-            files, _ = evaluate.music(system, self.captions[:n], 60.0)
+            files = evaluate.music(system, self.captions[:n], 60.0)
             audio = [read_audio(file)[0] for file in files]
             for second in (0, 20, 50):
                 part = slice(second * SAMPLE_RATE, (second + 10) * SAMPLE_RATE)
@@ -290,10 +289,10 @@ def closeness(codec, true, codes):
     with torch.inference_mode():
         nine, mine = codec.from_codes(true).mT, codec.from_codes(codes).mT  # (B, L, bands), dB
     fd = lambda i: evaluate.frechet_distance(mine[i].flatten(0, 1), nine[i].flatten(0, 1))
-    draws = np.random.default_rng(0).integers(len(mine), size=(50, len(mine)))
-    value = fd(range(len(mine)))
+    picks = range(len(mine))
+    value = fd(picks)
     flux = [z.diff(dim=1).abs().mean((1, 2)) for z in (mine, nine)]  # (B,)
-    cells = {"FD": Cell(value, *evaluate.around(value, [fd(i) for i in draws]))}
+    cells = {"FD": Cell(value, *evaluate.interval(picks, fd, 50, around=value))}
     cells["flux"] = mean(flux[0] / flux[1])
     if codes.shape[1] > 1:
         right = (codes[:, 1:] == true[:, 1:]).float().mean(2)  # (B, 8)

@@ -77,7 +77,7 @@ def figure3(systems):
     figure = Figure(figsize=(9, 0.6 + 1.8 * len(systems)), layout="constrained")
     axes = figure.subplots(len(systems), 1, sharex=True, squeeze=False)[:, 0]
     for axis, system in zip(axes, systems):
-        (file,), _ = evaluate.music(system, prompts, 10.0)
+        (file,) = evaluate.music(system, prompts, 10.0)
         mel = mel_spectrogram(read_audio(file))[0].numpy()  # (bands, T) in dB
         shape = dict(origin="lower", aspect="auto", extent=(0, mel.shape[1] / FRAME_RATE, 0, 128))
         image = axis.imshow(mel, cmap="magma", vmin=-90, vmax=-10, **shape)
