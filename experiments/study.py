@@ -21,7 +21,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +196,7 @@ class Study:
             ("refined", "Refiners after the model that ships", refiners, 10.0, ""),
             ("codebooks", "How many codebooks?", codebooks, 10.0, "Real clips through the codec."),
         ):
-            task = replace(self.task, seconds=seconds)
+            task = self.task._replace(seconds=seconds)
             measured = evaluate.measure(systems.values(), self.judge, task)
             table = {row: cells for row, cells in measured.items() if row not in systems.values()}
             table |= {label: measured[system] for label, system in systems.items()}
@@ -232,7 +231,7 @@ class Study:
     def minute(self):
         """Pieces of a minute by models that were trained on ten seconds."""
         n, table = self.pieces, {}
-        task = replace(self.task, factors=self.task.factors[:n], real=self.task.real.of(range(n)))
+        task = self.task._replace(factors=self.task.factors[:n], real=self.task.real.of(range(n)))
         for label in VARIANTS:
             system = f"{self.best(label)}+{SHIPPED_REFINER}"
             files = evaluate.music(system, self.captions[:n], 60.0)
