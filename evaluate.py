@@ -23,7 +23,6 @@ N clips, W frames of a clip's embedding, D its size, C tags, K codebooks, T fram
 import csv
 import hashlib
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -149,12 +148,13 @@ def compose(system, prompts, seconds, seeds):
     """A checkpoint plays with its refiner and the options that it stores: yields audio (S,)."""
     first, second = stages(system)
     system = System(first, None if second == "none" else second)
-    frames = math.ceil(seconds * system.codec.sample_rate / system.codec.hop)
+    frames = 1 + int(seconds * system.codec.sample_rate / system.codec.hop)
+    nothing = torch.empty(system.codec.codebooks, 0, dtype=torch.long)
     for i in range(0, len(prompts), 16):
         group = prompts[i : i + 16], frames, seeds[i : i + 16]
         codes = torch.cat([*generate(system.lm, system.encoder, *group, **system.sampling)], 2)
         for prompt, seed, clip in zip(prompts[i:], seeds[i:], codes):
-            yield torch.cat([*system.audio(prompt, seed, [clip])])
+            yield torch.cat([*system.audio(prompt, seed, [clip], nothing)])
 
 
 def stages(system):
