@@ -8,18 +8,12 @@ music of their own. It is made about a second before it is heard, and ends when 
 """
 
 import asyncio
-import io
 import json
-import os
-import tempfile
-import threading
 import time
 import webbrowser
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
-import soundfile
 from aiohttp import WSMsgType, web
 
 from audio import pcm
@@ -31,74 +25,19 @@ AHEAD = 1.0  # seconds of music that wait to be heard
 LETTERS = 1000  # of a prompt; more are refused
 
 
-class Stream(threading.Thread):
-    """One listener's music, made in a thread of its own.
-
-    wish: (prompt, seed, options of `Sampling`), which may be replaced at any time. send(message) is
-    called with audio (bytes, 16-bit mono PCM) and with news (dicts). What was sent is kept in a
-    temporary file. `stopped` ends it all.
-    """
-
-    def __init__(self, system, wish, send):
-        super().__init__(daemon=True)
-        self.system, self.wish, self.send = system, wish, send
-        self.stopped = threading.Event()
-        self.file = tempfile.TemporaryFile()
-        self.size = 0  # bytes in the file
-        self.prompt = None  # what is being made
-
-    def run(self):
-        sent, start = 0.0, time.monotonic()  # seconds of music since the clock was started
-        try:
-            for audio in follow(self.system, self.asked):
-                samples = pcm(audio)
-                elapsed = time.monotonic() - start
-                late = 0 < sent < elapsed  # the listener has heard all: the clock starts again
-                if late or not sent:
-                    sent, start, elapsed = 0.0, time.monotonic(), 0.0
-                sent += len(audio) / self.system.codec.sample_rate
-                self.file.write(samples)
-                self.file.flush()
-                self.size += len(samples)
-                self.send(samples)
-                self.send({"ahead": round(sent - elapsed, 2), "late": late})
-                if self.stopped.wait(max(0, sent - elapsed - AHEAD)):
-                    break
-        except ValueError as error:
-            self.send({"error": str(error)})
-        self.file.close()
-
-    def asked(self):
-        """What to play next, for `sample.follow`."""
-        if self.wish[0] != self.prompt:
-            self.prompt = self.wish[0]
-            self.send({"turning": self.prompt})
-        return self.wish
-
-    def wav(self, seconds=None):
-        """The last so many seconds of what was sent, or all of it -> the bytes of a WAV file."""
-        rate = self.system.codec.sample_rate
-        count = self.size if seconds is None else min(self.size, 2 * round(seconds * rate))
-        samples = os.pread(self.file.fileno(), count, self.size - count)
-        file = io.BytesIO()
-        soundfile.write(file, np.frombuffer(samples, np.int16), rate, format="WAV")
-        return file.getvalue()
-
-
 class Live:
-    """The server. streams: {a listener's key: Stream}"""
+    """The server. here: how many listen now"""
 
     def __init__(self, system, listeners, host="127.0.0.1"):
         self.system, self.listeners = system, listeners
         self.hosts = {"127.0.0.1", "localhost", "::1", host}
-        self.streams = {}
+        self.here = 0
 
     def app(self):
         app = web.Application(middlewares=[self.guard])
         app.router.add_get("/", self.page)
         app.router.add_get("/about", self.about)
         app.router.add_get("/listen", self.listen)
-        app.router.add_get("/wav/{key}", self.wav)
         return app
 
     @web.middleware
@@ -115,52 +54,6 @@ class Live:
     async def page(self, request):
         return web.FileResponse(PAGE, headers={"Cache-Control": "no-store"})
 
-    async def wav(self, request):
-        stream = self.streams.get(request.match_info["key"])
-        if stream is None:
-            raise web.HTTPNotFound(text="this music has ended")
-        seconds = request.query.get("last", "")
-        data = await asyncio.to_thread(stream.wav, float(seconds) if seconds.isdigit() else None)
-        name = 'attachment; filename="music.wav"'
-        return web.Response(
-            body=data, content_type="audio/wav", headers={"Content-Disposition": name}
-        )
-
-    async def listen(self, request):
-        """A listener's connection: wishes come in as JSON, audio and news go out."""
-        socket = web.WebSocketResponse(heartbeat=10, max_msg_size=1 << 16)
-        await socket.prepare(request)
-        if len(self.streams) >= self.listeners:
-            many = f"{self.listeners} listener(s) are here already: close another page first"
-            await socket.send_json({"error": many})
-            await socket.close()
-            return socket
-        key = os.urandom(8).hex()
-        await socket.send_json(dict(key=key))
-        loop = asyncio.get_running_loop()
-        news = asyncio.Queue()
-        send = lambda message: loop.call_soon_threadsafe(news.put_nowait, message)
-        sender = asyncio.create_task(deliver(socket, news))
-        stream = self.streams[key] = Stream(self.system, None, send)
-        try:
-            async for message in socket:
-                if message.type != WSMsgType.TEXT:
-                    continue
-                try:
-                    stream.wish = understood(message.data, self.system)
-                except (ValueError, KeyError, TypeError, OverflowError) as error:
-                    await socket.send_json({"refused": str(error)})
-                    continue
-                if not stream.ident:
-                    stream.start()
-        finally:
-            del self.streams[key]
-            stream.stopped.set()
-            if stream.ident:
-                await asyncio.to_thread(stream.join)
-            sender.cancel()
-        return socket
-
     async def about(self, request):
         """The words that the page has buttons for, and where its sliders start."""
         buttons = {}
@@ -171,6 +64,62 @@ class Live:
             buttons = dict(genre=[*GENRES], lead=[*LEADS], mood=[*MOODS], tempo=tempo)
         rate = self.system.codec.sample_rate
         return web.json_response(dict(rate=rate, buttons=buttons, sampling=self.system.sampling))
+
+    async def listen(self, request):
+        """A listener's connection: wishes come in as JSON, audio and news go out."""
+        socket = web.WebSocketResponse(heartbeat=10, max_msg_size=1 << 16)
+        await socket.prepare(request)
+        if self.here == self.listeners:
+            many = f"{self.listeners} listener(s) are here already: close another page first"
+            await socket.send_json({"error": many})
+            await socket.close()
+            return socket
+        self.here += 1
+        wishes, player = [], None
+        try:
+            async for message in socket:
+                if message.type != WSMsgType.TEXT:
+                    continue
+                try:
+                    wishes.append(understood(message.data, self.system))
+                except (ValueError, KeyError, TypeError, OverflowError) as error:
+                    await socket.send_json({"refused": str(error)})
+                    continue
+                player = player or asyncio.create_task(play(self.system, wishes, socket))
+        finally:
+            self.here -= 1
+            if player:
+                player.cancel()
+                await asyncio.gather(player, return_exceptions=True)
+        return socket
+
+
+async def play(system, wishes, socket):
+    """Makes one listener's music in a thread, after the last of the wishes (`understood`), which
+    may grow at any time. Sends audio, 16-bit mono PCM, and news: what it turns to, and whether the
+    audio came too late."""
+    asked = told = None
+
+    def latest():
+        nonlocal asked
+        asked = wishes[-1]
+        return asked
+
+    music, end = follow(system, latest), 0.0  # end: when all that was sent will have been heard
+    try:
+        while True:
+            audio = await asyncio.to_thread(next, music)
+            if told != asked[0]:
+                told = asked[0]
+                await socket.send_json({"turning": told})
+            now = time.monotonic()
+            late = 0 < end < now
+            end = max(end, now) + len(audio) / system.codec.sample_rate
+            await socket.send_bytes(pcm(audio))
+            await socket.send_json({"late": late})
+            await asyncio.sleep(max(0, end - now - AHEAD))
+    except ValueError as error:
+        await socket.send_json({"error": str(error)})
 
 
 def understood(text, system):
@@ -187,15 +136,6 @@ def understood(text, system):
     seed = int(asked.get("seed", 0))
     check_value("seed", seed, "[0, 4294967296)")
     return prompt, seed, options
-
-
-async def deliver(socket, news):
-    while True:
-        message = await news.get()
-        if isinstance(message, bytes):
-            await socket.send_bytes(message)
-        else:
-            await socket.send_json(message)
 
 
 def main(argv=None):
