@@ -31,12 +31,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.spatial.distance import pdist
 from scipy.special import rel_entr
 from tqdm import tqdm
 
 from audio import read_audio, write_audio, write_text
 from checkpoint import read_config
 from codec import load_codec
+from data import Clips
 from options import check_value, entry, new_parser
 from sample import ROOT, SHIPPED, System, generate, newest_checkpoint
 from toy import questions
@@ -102,6 +104,38 @@ def clap_scores(audio, text):
     return F.cosine_similarity(torch.as_tensor(audio), torch.as_tensor(text)).numpy()
 
 
+def diversity(groups):
+    """Mean distance (1 - cosine) between samples of one prompt. groups: for each prompt the
+    embeddings (n, D) of its samples -> (prompts,). A model that always plays the same has 0."""
+    return np.array([pdist(x, "cosine").mean() for x in groups])
+
+
+def longest_copies(clips, training):
+    """How many tokens in a row each clip shares with some place in the training set.
+
+    clips, training: lists of 1-D arrays of first-codebook tokens -> (len(clips),) ints.
+    """
+    text = np.concatenate([np.append(clip, -1) for clip in training])  # -1 is in no clip
+    places = np.argsort(text, kind="stable")
+    tokens, first = np.unique(text[places], return_index=True)
+    places = dict(zip(tokens.tolist(), np.split(places, first[1:])))
+    nowhere = np.empty(0, np.int64)
+    longest = []
+    run = np.zeros(len(text), np.int32)  # of the clip's last tokens, so many end at this place
+    for clip in clips:
+        best, before = 0, nowhere
+        for token in clip.tolist():
+            here = places.get(token, nowhere)
+            lengths = run[here - 1] + 1  # the last place, -1, is in no run
+            run[before] = 0
+            run[here] = lengths
+            best = max(best, lengths.max(initial=0))
+            before = here
+        run[before] = 0
+        longest.append(best)
+    return np.array(longest)
+
+
 def interval(values, statistic=np.mean, draws=500, around=None):
     """A 95% interval of a statistic of `values` (N, ...), by bootstrap: draw N values with
     replacement, many times, and take the middle 95% of the results. around: moves the interval, to
@@ -132,8 +166,10 @@ def music(system, prompts, seconds) -> list[Path]:
     files = [folder / f"{i:03}.wav" for i in range(len(prompts))]
     missing = [i for i, file in enumerate(files) if not file.exists()]
     clips = play(system, [prompts[i] for i in missing], seconds, missing)
-    for i, audio in zip(tqdm(missing, f"playing {system}", disable=None, leave=False), clips):
-        write_audio(files[i], audio)
+    for i, clip in zip(tqdm(missing, f"playing {system}", disable=None, leave=False), clips):
+        audio, tokens = clip
+        np.save(files[i].with_suffix(".npy"), tokens)
+        write_audio(files[i], audio)  # last: a clip is complete when it has audio
     return files
 
 
@@ -145,7 +181,8 @@ def type_of(system):
 
 
 def compose(system, prompts, seconds, seeds):
-    """A checkpoint plays with its refiner and the options that it stores: yields audio (S,)."""
+    """A checkpoint plays with its refiner and the options that it stores: yields audio (S,) and
+    the tokens (T,) of codebook 1."""
     first, second = stages(system)
     system = System(first, None if second == "none" else second)
     frames = 1 + int(seconds * system.codec.sample_rate / system.codec.hop)
@@ -154,7 +191,7 @@ def compose(system, prompts, seconds, seeds):
         group = prompts[i : i + 16], frames, seeds[i : i + 16]
         codes = torch.cat([*generate(system.lm, system.encoder, *group, **system.sampling)], 2)
         for prompt, seed, clip in zip(prompts[i:], seeds[i:], codes):
-            yield torch.cat([*system.audio(prompt, seed, [clip], nothing)])
+            yield torch.cat([*system.audio(prompt, seed, [clip], nothing)]), clip[0]
 
 
 def stages(system):
@@ -194,6 +231,8 @@ class Task(NamedTuple):
     real: object  # what is heard in those clips
     reference: torch.Tensor  # (M, D), frames of real clips
     factors: list = None  # (N) of those clips, in the toy world
+    repeated: dict = None  # {prompt: embeddings (n, D) of real clips that it describes}
+    training: Clips = None  # from which a model should not copy
 
 
 class Cell(NamedTuple):
@@ -223,6 +262,7 @@ def measure(systems, ruler, task) -> dict:
     CACHE.mkdir(parents=True, exist_ok=True)
     write_text(CACHE / "prompts.txt", "".join(f"{prompt}\n" for prompt in task.prompts[first]))
     table = {"real clips": judged(ruler, task, task.real)}
+    tokens = {"real clips": task.codes[:, 0]}  # {row: clips}, of codebook 1
     for system in dict.fromkeys([f"codec-{task.codes.shape[1]}", "codec-1", *map(str, systems)]):
         if type_of(system) == "codec":
             codes = torch.from_numpy(task.codes)[:, : int(system[-1])]
@@ -232,10 +272,28 @@ def measure(systems, ruler, task) -> dict:
         kinds = [first] if type_of(system) == "audio" else [*task.prompts]
         for kind in kinds:
             row = f"{system}, {kind}" if len(kinds) > 1 else system
-            files = tqdm(music(system, task.prompts[kind], task.seconds), row, disable=None)
-            heard = ruler.listen(read_audio(file)[0] for file in files)
-            table[row] = judged(ruler, task, heard, task.prompts[kind])
+            files = music(system, task.prompts[kind], task.seconds)
+            table[row] = judged(ruler, task, listen(ruler, files, row), task.prompts[kind])
+            if type_of(system) != "checkpoint":
+                continue
+            if task.training:
+                tokens[row] = [np.load(file.with_suffix(".npy")) for file in files]
+            if task.repeated and kind == first:
+                counts = [len(clips) for clips in task.repeated.values()]
+                prompts = np.repeat([*task.repeated], counts).tolist()
+                heard = listen(ruler, music(system, prompts, task.seconds), row)
+                table[row]["diversity"] = mean(diversity(heard.embedding.split(counts)))
+    if task.repeated:
+        table["real clips"]["diversity"] = mean(diversity(task.repeated.values()))
+    if task.training:  # held notes repeat a token, so real clips share long runs as well
+        training = [task.training.codes(i)[0] for i in range(len(task.training))]
+        for row, clips in tokens.items():
+            table[row]["copied"] = mean(longest_copies(clips, training))
     return table
+
+
+def listen(ruler, files, title):
+    return ruler.listen(read_audio(file)[0] for file in tqdm(files, title, disable=None))
 
 
 def judged(ruler, task, heard, captions=None) -> dict:

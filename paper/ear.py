@@ -71,7 +71,7 @@ def ask_toy(ear, codec, count, kinds) -> dict:
     asked = questions.ask(codec, count, kinds)
     real = dict(real=first(heard, count), reference=torch.cat(heard.frames[count:]))
     about = f"{count} held-out clips of the toy world; reference: {count} others"
-    return asked | real | dict(name="toy-musicnn", about=about, factors=None)
+    return asked | real | dict(name="toy-musicnn", about=about, factors=None, repeated=None)
 
 
 def first(heard, count):
@@ -97,6 +97,7 @@ def ask(ear, codec, folder, count, seconds) -> dict:
         codes=np.stack([clips.codes(i, 0, frames) for i in rows[:count]]),
         real=first(heard, count),
         reference=torch.cat(heard.frames[count:]),
+        training=Clips(folder, "train", 1),
     )
 
 

@@ -53,7 +53,7 @@ def choose(table, folder, seconds, count, seed=0):
 
 
 def musicgen(name, prompts, seconds, seeds):
-    """MusicGen-small with its authors' settings: yields audio (S,)."""
+    """MusicGen-small with its authors' settings: yields audio (S,), and none of our tokens."""
     from transformers import pipeline
 
     with explained(f"no weights: get https://huggingface.co/facebook/{name} with `hf download`"):
@@ -64,4 +64,4 @@ def musicgen(name, prompts, seconds, seeds):
     for prompt, seed in zip(prompts, seeds):
         torch.manual_seed(seed)
         audio = player(prompt, generate_kwargs=options)["audio"]
-        yield soxr.resample(audio.reshape(-1), 32000, SAMPLE_RATE)
+        yield soxr.resample(audio.reshape(-1), 32000, SAMPLE_RATE), []

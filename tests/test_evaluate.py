@@ -17,7 +17,15 @@ import sample
 from checkpoint import save_checkpoint
 from codec import load_codec
 from data import Clips
-from evaluate import Cell, clap_scores, frechet_distance, interval, kl_divergence
+from evaluate import (
+    Cell,
+    clap_scores,
+    diversity,
+    frechet_distance,
+    interval,
+    kl_divergence,
+    longest_copies,
+)
 from model import LMConfig, MusicLM
 from options import entry
 from paper import embedders, figures, musiccaps
@@ -86,6 +94,29 @@ def test_kl_is_scipys_entropy():
 def test_clap_is_the_cosine_of_each_clip_and_its_own_text():
     audio, text = np.array([[3.0, 0], [1, 1], [0, 2]]), np.array([[1.0, 0], [1, 0], [0, -5]])
     assert clap_scores(audio, text) == pytest.approx([1, np.sqrt(0.5), -1])
+
+
+def test_diversity_is_zero_for_one_clip_played_again_and_one_for_strangers():
+    same, strangers = np.tile([[1.0, 2, 3]], (4, 1)), np.eye(4)
+    assert diversity([same, strangers]) == pytest.approx([0, 1])
+    pairs = np.array([[1.0, 0], [1, 0], [0, 1]])  # distances 0, 1, 1
+    assert diversity([pairs]) == pytest.approx([2 / 3])
+
+
+def test_the_longest_copy_is_that_of_a_search_through_everything():
+    rng = np.random.default_rng(4)
+    clips = [rng.integers(3, size=n) for n in (30, 25, 30)]
+    training = [rng.integers(3, size=n) for n in (40, 1, 33)]
+    clips[2][5:20] = training[2][10:25]
+
+    def slowly(clip):
+        known, clip = [bytes(t.tolist()) for t in training], bytes(clip.tolist())
+        spans = [(i, j) for i in range(len(clip)) for j in range(i, len(clip) + 1)]
+        return max(j - i for i, j in spans if any(clip[i:j] in t for t in known))
+
+    assert longest_copies(clips, training).tolist() == [slowly(c) for c in clips]
+    assert longest_copies([training[0]], training).tolist() == [40]
+    assert longest_copies([np.array([7, 8])], training).tolist() == [0]
 
 
 def test_a_95_percent_interval_holds_the_truth_95_times_in_100():
@@ -388,7 +419,7 @@ def test_a_broken_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
             if len(played) == 18:
                 raise KeyboardInterrupt
             played.append(seed)
-            yield np.full(1000, 0.1)
+            yield np.full(1000, 0.1), np.full(4, seed)
 
     monkeypatch.setattr(evaluate, "compose", compose)
     prompts = [f"prompt {i}" for i in range(20)]
@@ -420,7 +451,9 @@ def test_a_checkpoint_may_name_its_refiner():
 
 
 def test_a_system_without_its_refiner_is_its_first_codebook():
-    play = lambda refiner: [*evaluate.compose(f"{sample.SHIPPED}+{refiner}", ["blues"], 1, [0])][0]
+    play = lambda refiner: [*evaluate.compose(f"{sample.SHIPPED}+{refiner}", ["blues"], 1, [0])][0][
+        0
+    ]
     codec = load_codec("toy")
     spectra = [codec.encode(play(refiner)[None])[0] for refiner in ("none", sample.SHIPPED_REFINER)]
     system = sample.System(sample.SHIPPED)
@@ -501,6 +534,8 @@ def test_bad_input_gets_one_sentence(options, sentence, monkeypatch, capsys):
 def small_results(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(evaluate, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(evaluate, "longest_copies", lambda clips, _: [1] * len(clips))  # slow
+    monkeypatch.setattr(questions, "SAMPLES", 100)  # no prompt describes so many: no diversity
     return tmp_path / "results"
 
 
@@ -549,6 +584,7 @@ def test_spectrograms_have_a_row_for_each_system(tmp_path, monkeypatch):
 def test_who_plays_what_was_asked_is_told_from_who_does_not(monkeypatch):
     valid = Clips(corpus.folder(), "valid", 1)
     asked = questions.ask(load_codec("toy"), 20, ["bpm", "genre"])
+    asked |= dict(repeated=None, training=None)
     codec = SimpleNamespace(from_codes=lambda codes: codes, decode=lambda z: ["codec"])
     task = evaluate.Task(seconds=10.0, codec=codec, **asked)
     prompts, real = [], judge.heard_in_real_clips()

@@ -13,6 +13,7 @@ from toy.judge import FACTORS, heard_in_real_clips
 
 TEMPLATES = {"bpm": "{genre} at {tempo} bpm", "genre": "{genre}"}
 KINDS = ("sentence", "words", "paragraph", *TEMPLATES)
+SAMPLES = 4  # of one prompt, for diversity
 
 
 def ask(codec, count, kinds=KINDS[:3]) -> dict:
@@ -30,6 +31,11 @@ def ask(codec, count, kinds=KINDS[:3]) -> dict:
             seed = ("words", "sentence", "paragraph").index(kind)
             draws = [np.random.default_rng([seed, i]) for i in range(count)]
             prompts[kind] = [words.caption(f, rng, kind) for f, rng in zip(factors, draws)]
+    alike = {}  # held-out clips that one prompt of mood and genre describes
+    for i, f in enumerate(factors):
+        if f["rhythm"] is None:  # no mixture of genres
+            alike.setdefault(f"{f['mood']} {f['genre']}", []).append(i)
+    alike = [(prompt, rows[:SAMPLES]) for prompt, rows in alike.items() if len(rows) >= SAMPLES]
     return dict(
         name="toy",
         about=f"{count} held-out clips; reference: the other {len(factors) - count} held-out clips."
@@ -39,6 +45,8 @@ def ask(codec, count, kinds=KINDS[:3]) -> dict:
         real=heard.of(range(count)),
         reference=torch.cat(heard.of(range(count, len(factors))).frames),
         factors=factors[:count],
+        repeated={prompt: heard.of(rows).embedding for prompt, rows in alike[:8]},
+        training=Clips(corpus.folder(), "train", 1),
     )
 
 
