@@ -31,23 +31,16 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import checkpoint
 import sample
 import ssd_kernel
 from audio import FRAME_RATE, lock_folder, write_text
-from checkpoint import (
-    load_checkpoint,
-    load_text_encoder,
-    load_trainer,
-    read_config,
-    read_model_config,
-    save_checkpoint,
-    save_trainer,
-)
 from codec import load_codec
 from data import Clips, caption_of, data_folder, shape_at, share
 from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss, teacher
 from model import VARIANTS, LMConfig, MusicLM
 from options import add_arguments, check, entry, finish_step_on_signals, flag, new_parser, option
+from paper import budget
 from paper.distributed import Processes
 from sample import ahead, multiplies_bf16
 from text import TextEncoder
@@ -143,8 +136,6 @@ def main(argv=None):
     model_config, config, run, dry = parse_arguments(argv)
     processes = Processes(config.device)
     if dry:
-        from paper import budget
-
         return print(budget.report(model_config, config, processes.device))
     train(model_config, config, run, processes)
     processes.end()
@@ -178,6 +169,8 @@ def train(model_config, config, run, processes):
         introduce(objective, config, data, processes.device)
 
     with lock, log.bar, finish_step_on_signals() as stop:
+        if trainer.step % config.valid_every == 0 and log.rows and "right" not in log.rows[-1]:
+            trainer.validate(log)  # the run was stopped before it could
         for step, parts in ahead(batches(data, config, trainer.step, processes)):
             started = time.time()
             chance = np.random.SeedSequence((config.seed, step, processes.rank))
@@ -198,12 +191,7 @@ def train(model_config, config, run, processes):
                 log.print(f"stopped at step {step}: `python train.py --resume {run}`")
                 sys.exit(130)
             if step % config.valid_every == 0 or step == config.steps:
-                scores = validate(trainer.kept, objective, data, config)
-                log.validation(step, scores)
-                trainer.save_if_best(scores["right"])
-                if config.keep_every and step % config.keep_every == 0:
-                    trainer.save(f"step-{step}")
-                trainer.save("last")
+                trainer.validate(log)
     if first:
         conclude(log, objective, run)
 
@@ -241,7 +229,7 @@ class Data:
         self.describe = functools.partial(caption_of, refining=self.refining)
         self.resuming = begun(run)
         self.start = run / "last" if self.resuming else initial(config, self.refining)
-        self.origin = read_config(self.start) if self.start else {}
+        self.origin = checkpoint.read_config(self.start) if self.start else {}
         self.folder = data_folder(config.data)
         kind = model_config.codebooks, self.origin.get("codec")
         self.train = Clips(self.folder, "train", *kind)
@@ -269,8 +257,8 @@ def longest(config):
 def build(model_config, config, data):
     """-> the model and the text encoder, of the checkpoint that the run starts from, or new ones"""
     if data.start:
-        model = (load_refiner if data.refining else load_checkpoint)(data.start)
-        encoder = load_text_encoder(data.start)
+        model = (load_refiner if data.refining else checkpoint.load_checkpoint)(data.start)
+        encoder = checkpoint.load_text_encoder(data.start)
     else:
         encoder = new_encoder(config.text_encoder)
         model_config.d_text = encoder.d_text
@@ -306,10 +294,8 @@ class Objective(nn.Module):
 
     def __init__(self, model, encoder, codec, config):
         super().__init__()
-        self.model = model
-        self.encoder = encoder
+        self.model, self.encoder, self.config = model, encoder, config
         self.codec = codec  # of a refiner
-        self.config = config
         self.teacher = teacher(initial(config, True)) if config.distill else None
 
     def train(self, mode=True):
@@ -324,14 +310,12 @@ class Objective(nn.Module):
         return super().to(device)
 
     def forward(self, codes, captions):
+        both = self.model, self.encoder
+        multiple = 64 if self.config.compile else 1  # so it is compiled for few lengths of text
         with autocast(codes.device):
             if self.codec:
-                parts = self.model, self.encoder, self.codec, codes, captions
-                return refiner_loss(*parts, teacher=self.teacher)
-            # A compiled model should meet few lengths of text.
-            multiple = 64 if self.config.compile else 1
-            options = dict(label_smoothing=self.config.label_smoothing, multiple=multiple)
-            losses = token_losses(self.model, self.encoder, codes, captions, **options)
+                return refiner_loss(*both, self.codec, codes, captions, teacher=self.teacher)
+            losses = token_losses(*both, codes, captions, self.config.label_smoothing, multiple)
         return losses.sum() / (codes != self.model.config.codebook_size).sum()
 
 
@@ -358,11 +342,8 @@ class Trainer:
     """The optimizer, the averaged weights if any, and the run's checkpoints."""
 
     def __init__(self, objective, config, run, data, processes):
-        self.objective = objective
-        self.config = config
-        self.run = run
-        self.data = data
-        self.processes = processes
+        self.objective, self.config, self.run = objective, config, run
+        self.data, self.processes = data, processes
         self.step = self.bad_steps = 0
         self.best = math.inf
         self.averaged = None
@@ -373,14 +354,11 @@ class Trainer:
         self.optimizer = make_optimizer(objective, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if data.resuming:
-            about = load_trainer(run / "last", *self.parts(), processes)
+            about = checkpoint.load_trainer(run / "last", *self.parts(), processes)
             if about["data"] != data.fingerprint:
-                raise ValueError(
-                    f"{data.folder} has changed since {run} began: restore it, or start a new run "
-                    f"with --init-from {run}/best"
-                )
-            self.step = about["step"]
-            self.best = about["best"]
+                anew = f"restore it, or start a new run with --init-from {run}/best"
+                raise ValueError(f"{data.folder} has changed since {run} began: {anew}")
+            self.step, self.best = about["step"], about["best"]
 
     def parts(self):
         return trained_parameters(self.objective), self.optimizer, self.averaged
@@ -402,33 +380,41 @@ class Trainer:
         self.step += 1
         return norm
 
-    def save_if_best(self, loss):
+    def validate(self, log):
+        """Validates, and writes the checkpoints that are due."""
+        scores = validate(self.kept, self.objective, self.data, self.config)
+        loss = scores["right"]
         if not math.isfinite(loss):
             raise ValueError(f"training diverged: validation loss {loss}; try a smaller --lr")
         if loss < self.best:
             self.best = loss
             self.save("best")
+        if self.config.keep_every and self.step % self.config.keep_every == 0:
+            self.save(f"step-{self.step}")
+        self.save("last")
+        log.validation(self.step, scores)  # the last: where it is missing, a resumed run validates
 
     def save(self, name):
         """Writes the checkpoint run/NAME; "last" with what resuming needs. All ranks take part."""
         folder = self.run / name
         about = dict(step=self.step, best=self.best)
-        extra = about | dict(train=asdict(self.config), codec=self.data.codec_name)
         # It plays with the options of what it started from. But a refiner that was distilled and is
         # trained on data again needs guidance again.
-        extra["sampling"] = sampling = self.data.origin.get("sampling", {})
+        sampling = self.data.origin.get("sampling", {})
         if self.config.distill:
-            extra["sampling"] = dict(steps=8, guidance=1.0, sketch_guidance=1.0)
+            sampling = dict(steps=8, guidance=1.0, sketch_guidance=1.0)
         elif self.data.refining and sampling.get("guidance") == 1:
-            extra["sampling"] = {}
+            sampling = {}
+        more = dict(train=asdict(self.config), codec=self.data.codec_name, sampling=sampling)
         weights = {k: self.processes.whole(v) for k, v in self.kept.state_dict().items()}
         try:
             if self.processes.rank == 0:
-                save_checkpoint(folder, self.kept, self.objective.encoder, extra, weights=weights)
+                parts = folder, self.kept, self.objective.encoder, about | more
+                checkpoint.save_checkpoint(*parts, weights=weights)
                 write_text(folder / "README.md", card(self))
             if name == "last":
                 about["data"] = self.data.fingerprint
-                save_trainer(folder, *self.parts(), about, self.processes)
+                checkpoint.save_trainer(folder, *self.parts(), about, self.processes)
         except OSError as error:
             again = f"python train.py --resume {self.run}"
             raise ValueError(f"{error}: make room, then continue with `{again}`") from None
@@ -436,29 +422,30 @@ class Trainer:
 
 def card(trainer):
     """A checkpoint's README.md, for the hub: what it is, from what it was made, and how."""
-    model, config, data = trainer.kept.config, trainer.config, trainer.data
+    model, data = trainer.kept.config, trainer.data
+    kind, option = ("refiner", "refiner") if data.refining else (model.variant, "checkpoint")
     hours = sum(row["frames"] for row in data.train.rows) / FRAME_RATE / 3600
-    licences = Counter(
-        row.get("licence", "composed by toy/") for row in data.train.rows
-    ).most_common()
-    changed = [  # the presets change more, but leave nothing to guess
-        flag(f"no_{f.name}") if value is False else f"{flag(f.name)} {value}"
-        for options in (model, config)
-        for f in fields(options)
-        if (value := getattr(options, f.name)) != f.default
-        and f.name not in ("variant", "data", "out", "init_from")
-    ]
-    command = " ".join(["python train.py --preset paper --variant", model.variant, *changed])
+    licences = Counter(row.get("licence", "composed by toy/") for row in data.train.rows)
+    preset = (REFINER_PRESETS if data.refining else PRESETS)["paper"]
+    default = {f.name: f.default for k in (type(model), TrainConfig) for f in fields(k)} | preset
+    command = f"python train.py --preset paper --variant {model.variant}"
+    for name, value in (asdict(model) | asdict(trainer.config)).items():
+        if value == default[name] or name in ("variant", "data", "out", "init_from"):
+            continue
+        if isinstance(value, bool):
+            command += f" {flag(name if value else 'no_' + name)}"
+        else:
+            command += f" {flag(name)} {value}"
     return f"""---
 tags: [music, text-to-audio, state-space-model]
 ---
-# A {"refiner" if data.refining else model.variant} for text-to-music
+# A {kind} for text-to-music
 
 {sum(p.numel() for p in trainer.kept.parameters()):,} parameters; codes of {data.codec_name}.
-Played by `python sample.py "jazz reggae" --{"refiner" if data.refining else "checkpoint"} FOLDER`.
+Played by `python sample.py "jazz reggae" --{option} FOLDER`.
 
 - Data: {data.folder.name}, {len(data.train):,} clips, {hours:.1f} hours
-- Licences of the clips: {", ".join(f"{name} ({n:,})" for name, n in licences)}
+- Licences of the clips: {", ".join(f"{name} ({n:,})" for name, n in licences.most_common())}
 - Validation loss: {trainer.best:.3f} {unit(data.refining)}, at step {trainer.step:,}
 
 `{command}`
@@ -509,10 +496,10 @@ def validate(model, objective, data, config):
     others = {"right": captions, "shuffled": captions[1:] + captions[:1], "empty": [""] * count}
     windows = []  # (clip, first frame); what is left at the end of a clip is not read
     for i in range(count):
-        ends = range(length, max(length, clips.rows[i]["frames"]) + 1, length)
-        windows += [(i, end - length) for end in ends]
-    measure = refiner_sums if objective.codec else lm_sums
-    sums = defaultdict(float)
+        last = max(0, clips.rows[i]["frames"] - length)
+        windows += [(i, start) for start in range(0, last + 1, length)]
+    measure = refiner_losses if objective.codec else lm_losses
+    losses = defaultdict(list)
     for kind, texts in others.items():
         for first in range(0, len(windows), config.batch):
             part = windows[first : first + config.batch]
@@ -521,41 +508,36 @@ def validate(model, objective, data, config):
             words = [texts[i] for i, _ in part]
             with autocast(device):
                 found = measure(model, objective, codes, words, seed=first)
-            for suffix, sum_and_number in found.items():
-                sums[kind + suffix] += np.array(sum_and_number)
+            for suffix, some in found.items():
+                losses[kind + suffix].append(some)
     objective.train()
-    return {name: float(total / number) for name, (total, number) in sums.items()}
+    return {name: torch.cat(parts).mean().item() for name, parts in losses.items()}
 
 
-def lm_sums(lm, objective, codes, captions, seed):
-    """{suffix of the score: (sum of losses, their number)}"""
+def lm_losses(lm, objective, codes, captions, seed):
+    """{suffix of the score: losses (n,)}"""
     losses = token_losses(lm, objective.encoder, codes, captions)
     real = codes != lm.config.codebook_size
     second = round(FRAME_RATE)
-    return {
-        "": (losses.sum().item(), real.sum().item()),
-        "_1s": (losses[..., :second].sum().item(), real[..., :second].sum().item()),
-    }
+    return {"": losses[real], "_1s": losses[..., :second][real[..., :second]]}
 
 
-def refiner_sums(refiner, objective, codes, captions, seed):
-    sums = {}
+def refiner_losses(refiner, objective, codes, captions, seed):
+    losses = {}
     parts = refiner, objective.encoder, objective.codec, codes, captions
     for suffix, dropout in (("", 0.0), ("_blind", 1.0)):
         same_noise = torch.Generator().manual_seed(seed)  # for every kind of caption
         loss = refiner_loss(*parts, dropout, same_noise, objective.teacher)
-        sums[suffix] = loss.item() * len(codes), len(codes)
-    return sums
+        losses[suffix] = loss.expand(len(codes))
+    return losses
 
 
 class Log:
     """log.jsonl: one line per step, and one per validation; and what the terminal shows. Lines
     after the checkpoint that a run is resumed from are dropped."""
 
-    def __init__(self, path, step, steps, writes=True):
-        self.path = path
-        self.writes = writes
-        self.rows = []
+    def __init__(self, path, step, steps, writes):
+        self.path, self.writes, self.rows = path, writes, []
         if path.exists():
             lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be cut
             try:
@@ -595,8 +577,6 @@ class Log:
 
 def introduce(objective, config, data, device):
     """The first lines of a run: which SSD runs, the cost, the data."""
-    from paper import budget
-
     if objective.model.config.variant != "transformer":
         print(ssd_kernel.path(device))
     text = sum(p.numel() for p in objective.encoder.parameters())
@@ -645,19 +625,21 @@ def parse_arguments(argv):
     parser = new_parser(__doc__, parents=[first], conflict_handler="resolve")
     add_arguments(parser.add_argument_group("model"), kind, **preset)
     add_arguments(parser.add_argument_group("training"), TrainConfig, **preset)
-    args = vars(parser.parse_args(argv))
-    without_defaults = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(args))))
-    named = {name: v for name, v in without_defaults.items() if v is not None}
+    names = {k: [f.name for f in fields(k)] for k in (kind, TrainConfig)}
+    given = Namespace(**dict.fromkeys([*vars(known), *names[kind], *names[TrainConfig]]))
+    parser.parse_args(argv, given)  # what is not on the command line stays None
+    named = {name: value for name, value in vars(given).items() if value is not None}
     if known.resume:
         return *resumed(Path(known.resume), named), known.dry_run
-    model, config = (k(**{f.name: args[f.name] for f in fields(k)}) for k in (kind, TrainConfig))
+    chosen = preset | named
+    model, config = (k(**{n: chosen[n] for n in names[k] if n in chosen}) for k in names)
     if config.distill and not refining:
         raise ValueError("--distill is for --variant refiner")
     if refining and config.recompute:
         raise ValueError("--recompute is for language models: a refiner is small without it")
     if config.init_from:  # its shape, which the command line may repeat
         folder = initial(config, refining)
-        model = read_model_config(folder, kind)
+        model = checkpoint.read_model_config(folder, kind)
         for name, have in asdict(model).items():
             if (want := named.get(name, have)) != have:
                 option = f"{flag(name)} {have}, not {want}"
@@ -675,8 +657,9 @@ def resumed(run, named):
         raise ValueError(f"--resume keeps the options of the run: leave out {flag(min(more))}")
     if not begun(run):
         raise ValueError(f"{run} holds no run to resume (no last/trainer.safetensors)")
-    saved = read_config(run / "last")
-    model = read_model_config(run / "last", RefinerConfig if is_refiner(saved) else LMConfig)
+    saved = checkpoint.read_config(run / "last")
+    kind = RefinerConfig if is_refiner(saved) else LMConfig
+    model = checkpoint.read_model_config(run / "last", kind)
     return model, TrainConfig(**saved["train"]), run
 
 

@@ -186,7 +186,7 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path, data, alone, monkeypatch)
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "save_checkpoint", full)
+    monkeypatch.setattr(train.checkpoint, "save_checkpoint", full)
     with pytest.raises(ValueError, match="No space left .* continue with"):
         alone("--data", data, *RUN, "--steps", 3, "--out", tmp_path / "r")
 

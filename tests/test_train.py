@@ -16,7 +16,7 @@ from test_model import CAPTIONS, tiny
 
 import sample
 import train
-from checkpoint import load_checkpoint, read_config, read_tensors
+from checkpoint import load_checkpoint, load_text_encoder, read_config, read_tensors
 from data import seen_before
 from options import entry
 from toy import corpus
@@ -46,9 +46,16 @@ def run(tmp_path, data, monkeypatch):
     return run
 
 
+def rows(folder):
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
+
+def scores(folder):
+    return [row for row in rows(folder) if "right" in row]
+
+
 def losses(folder):
-    rows = [json.loads(line) for line in open(folder / "log.jsonl")]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row["loss"] for row in rows(folder) if "loss" in row]
 
 
 def stop_after(monkeypatch, steps, number=signal.SIGTERM):
@@ -65,7 +72,8 @@ def stop_after(monkeypatch, steps, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("variant", ["simba", "transformer"])
 def test_a_resumed_run_has_the_losses_of_one_never_stopped(run, monkeypatch, variant, capsys):
-    options = ["--variant", variant, "--dropout", "0.3", "--steps", 8]
+    """Stopped where it would validate and keep a checkpoint: it does so when it is resumed."""
+    options = ["--variant", variant, "--dropout", "0.3", "--steps", 8, "--keep-every", 4]
     whole = run(*options, out="whole")
     stop_after(monkeypatch, 3)
     with pytest.raises(SystemExit, match="130"):
@@ -75,6 +83,8 @@ def test_a_resumed_run_has_the_losses_of_one_never_stopped(run, monkeypatch, var
     assert len(losses(cut)) == read_config(cut / "last")["step"] == 4
     train.main(["--resume", str(cut)])
     assert losses(cut) == losses(whole) and len(losses(cut)) == 8
+    assert scores(cut) == scores(whole) and len(scores(cut)) == 2
+    assert read_config(cut / "step-4")["best"] == read_config(whole / "step-4")["best"]
     a, b = (read_tensors(folder / "last/model.safetensors") for folder in (whole, cut))
     assert all((a[k] == b[k]).all() for k in a)
 
@@ -207,7 +217,7 @@ def test_weight_decay_spares_vectors_and_biases_and_the_text_encoder_has_its_own
 
 def test_a_frozen_text_encoder_stays_as_it_was(run):
     folder = run("--steps", 2, "--train-text-encoder", 0)
-    trained = train.load_text_encoder(folder / "best").state_dict()
+    trained = load_text_encoder(folder / "best").state_dict()
     assert all((trained[k] == v).all() for k, v in corpus.text_encoder().state_dict().items())
 
 
@@ -412,7 +422,7 @@ def test_a_checkpoint_says_what_it_is(run, data):
     saved = read_config(data.parent / "r/best")
     model, config, _, _ = train.parse_arguments(command)  # the same options again
     assert asdict(model) == saved["model"]
-    ignored = dict(data="", out="", recompute=0)
+    ignored = dict(data="", out="")
     assert asdict(config) | ignored == saved["train"] | ignored
 
 
