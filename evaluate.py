@@ -116,22 +116,19 @@ def longest_copies(clips, training):
     clips, training: lists of 1-D arrays of first-codebook tokens -> (len(clips),) ints.
     """
     text = np.concatenate([np.append(clip, -1) for clip in training])  # -1 is in no clip
-    places = np.argsort(text, kind="stable")
-    tokens, first = np.unique(text[places], return_index=True)
-    places = dict(zip(tokens.tolist(), np.split(places, first[1:])))
-    nowhere = np.empty(0, np.int64)
+    order = text.argsort(kind="stable")  # the places of each token, token after token
+    ranked = text[order]
     longest = []
-    run = np.zeros(len(text), np.int32)  # of the clip's last tokens, so many end at this place
     for clip in clips:
-        best, before = 0, nowhere
-        for token in clip.tolist():
-            here = places.get(token, nowhere)
+        run = np.zeros(len(text), np.int32)  # of the clip's last tokens, so many end at this place
+        best, before = 0, order[:0]
+        for token in clip:
+            here = order[slice(*ranked.searchsorted([token, token + 1]))]
             lengths = run[here - 1] + 1  # the last place, -1, is in no run
             run[before] = 0
             run[here] = lengths
             best = max(best, lengths.max(initial=0))
             before = here
-        run[before] = 0
         longest.append(best)
     return np.array(longest)
 

@@ -1,6 +1,6 @@
 """Makes the clips of the README: NAME.png, a spectrogram, and NAME.mp4, the same with the sound.
 
-python docs/clips/make.py          needs ffmpeg; a minute on two cores
+python -m docs.clips.make          needs ffmpeg; a minute on two cores
 """
 
 import subprocess
