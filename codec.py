@@ -4,7 +4,7 @@ Ten seconds of audio become codes (9, 862): nine residual codebooks, 86.13 frame
 first codebook is a sketch of each frame's spectrum (loudness, timbre, rhythm); each further one
 encodes what the codebooks before it have missed. There are two codecs with one interface:
 
-  toy   ships in toy/codec: signal processing and k-means, fitted in a minute (toy/codec.py)
+  toy   ships: signal processing and k-means, fitted in a minute (toy/codec.py)
   dac   the paper's: Descript's neural codec (arXiv 2306.06546), weights downloaded on first use
 
   encode(audio (B,S)) -> codes (B,9,T)                  T = ceil(S / 512)
@@ -15,8 +15,6 @@ encodes what the codebooks before it have missed. There are two codecs with one 
 
 `decode_stream` decodes any length in constant memory, window by window.
 """
-
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -96,12 +94,12 @@ class DACCodec(nn.Module):
 
 
 def load_codec(name="toy", folder=None):
-    """The codec "toy", from the repository or from `folder`, or "dac", downloaded or from a
-    `folder` with Hugging Face's copy. ValueError, one sentence, if it cannot be had."""
+    """The codec "toy", which ships, or "dac", downloaded or from a `folder` with Hugging Face's
+    copy. ValueError, one sentence, if it cannot be had."""
     if name == "toy":
-        from toy.codec import ToyCodec
+        from toy import codec
 
-        return ToyCodec.load(folder or Path(__file__).parent / "toy" / "codec")
+        return codec.load()
     if name != "dac":
         raise ValueError(f"unknown codec {name!r}: choose toy or dac")
     try:

@@ -32,7 +32,7 @@ from options import add_arguments, check_value, entry, new_parser, option
 from sample import Sampling
 from text import TextEncoder
 from toy import corpus, judge
-from toy.codec import ToyCodec
+from toy.codec import FILE, ToyCodec
 from toy.corpus import HERE, SECONDS, UNPACKED
 from toy.questions import as_asked
 from toy.songbook import GENRES, MIXTURES, sample_clip, sample_factors
@@ -89,7 +89,8 @@ def build(args):
             )
         play = partial(corpus.play_clips, split_seed=1)  # clips that are in no corpus
         played = corpus.in_processes(play, range(args.codec_clips), args.workers, "codec")
-        ToyCodec.fit([clip for _, part in played for clip in part]).save(HERE / "codec")
+        codec = ToyCodec.fit([clip for _, part in played for clip in part])
+        checkpoint.write_tensors(FILE, codec.state_dict(), dtype=torch.half)
         train_tokenizer()
         train_text_encoder()
     corpus.write_corpus(out, args.clips, args.full, args.seconds, args.mixtures, args.workers)

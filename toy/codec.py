@@ -9,17 +9,20 @@ Decoding adds up the levels and finds a phase by fast Griffin-Lim (Perraudin et 
 B batch · T frames · S samples, T = ceil(S / 512) · k leading codebooks · D bands · F = 1025 bins
 """
 
-import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
 from torch import nn
 
 import audio as sound
 from audio import HOP, N_FFT
-from checkpoint import load_weights, write_tensors
+from checkpoint import load_weights
+
+FILE = Path(__file__).with_suffix(".safetensors")  # in fp16, to which its values are rounded
 
 
 def nearest_entry(vectors, entries):  # (..., 8), (1024, 8) -> (...)
@@ -44,26 +47,6 @@ def sticky_codes(vectors, entries, cost):
     for stay, source in zip(stays[:0:-1], sources[:0:-1]):
         path.append(torch.where(stay.gather(1, path[-1]), path[-1], source))
     return torch.cat(path[::-1], 1)
-
-
-def centroids(points, owner, centres):
-    """Means (k, 8) of the points (n, 8) that each centre owns. A centre without points stays."""
-    count = owner.bincount(minlength=len(centres))[:, None]
-    total = torch.zeros_like(centres).index_add_(0, owner, points)
-    return torch.where(count > 0, total / count.clamp(min=1), centres)
-
-
-def k_means(points, count, generator, rounds=15):
-    """(n, 8) -> (count, 8). Centres with few points restart elsewhere, until the last rounds."""
-    draw = lambda n: points[torch.randint(len(points), (n,), generator=generator)]
-    centres = draw(count)
-    for i in range(rounds):
-        owner = nearest_entry(points, centres)
-        centres = centroids(points, owner, centres)
-        rare = owner.bincount(minlength=count) < 0.35 * len(points) / count
-        if i < rounds - 4:
-            centres[rare] = draw(int(rare.sum()))
-    return centres
 
 
 def neighbours(x):  # (B, T, 8) -> (B, T, 24): frames t-1, t, t+1
@@ -110,27 +93,21 @@ class ToyCodec(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, audio_clips, seed=0, **sizes):
-        """Clips (S,) of any length -> a codec. k-means sees 60,000 frames a level, least squares
-        all. The values of each level are rounded to fp16, as stored, before the next is fitted."""
-        codec = cls(**sizes)
-        generator = torch.Generator().manual_seed(seed)
-        clips = (torch.as_tensor(clip, dtype=torch.float32)[None] for clip in audio_clips)
-        residual = torch.cat([codec.features(clip)[0] for clip in clips])  # (T of all clips, D)
-        rows = max(1, len(residual) // 862)  # of about ten seconds
-        residual = residual[: len(residual) // rows * rows].unflatten(0, (rows, -1))  # (B, T, D)
+    def fit(cls, clips, seed=0, **sizes):
+        """Clips (B, S) -> a codec. k-means sees 60,000 frames a level, least squares all. The
+        values of each level are rounded to fp16, as stored, before the next is fitted."""
+        codec, rng = cls(**sizes), np.random.default_rng(seed)
+        residual = torch.cat([codec.features(torch.as_tensor(clip)[None]) for clip in clips])
         codec.mean.copy_(residual.mean((0, 1)).half())
-        residual -= codec.mean
+        residual -= codec.mean  # (B, T, D)
         for level, (into, entries, out) in enumerate(zip(codec.into, codec.entries, codec.out)):
-            flat = residual.flatten(0, 1)
-            sample = flat[torch.randperm(len(flat), generator=generator)[:60000]]
+            flat = residual.flatten(0, 1)  # (B T, D)
+            sample = flat[rng.permutation(len(flat))[:60000]]
             into.copy_(torch.linalg.eigh(sample.T @ sample).eigenvectors[:, -8:].half())
-            entries.copy_(k_means(sample @ into, len(entries), generator).half())
-            vectors = residual @ into
-            for _ in range(2 if level == 0 else 0):  # move the entries to where they are used
-                owner = codec._codes(level, vectors).flatten()
-                entries.copy_(centroids(vectors.flatten(0, 1), owner, entries).half())
-            x = neighbours(entries[codec._codes(level, vectors)]).flatten(0, 1)  # (B T, 24)
+            points = (sample @ into).numpy()
+            centres = kmeans2(points, len(entries), 15, minit="points", seed=rng)[0]
+            entries.copy_(torch.from_numpy(centres).half())
+            x = neighbours(entries[codec._codes(level, residual @ into)]).flatten(0, 1)  # (B T, 24)
             ridge = 1e-5 * len(x) * torch.eye(x.shape[1])  # for silent corpora
             out.copy_(torch.linalg.solve(x.T @ x + ridge, x.T @ flat).half())
             residual -= (x @ out).view_as(residual)
@@ -218,25 +195,9 @@ class ToyCodec(nn.Module):
             last = pairs
         return sound.istft(spectrum)[:, edge:-edge]
 
-    def save(self, folder):
-        """Writes config.json and model.safetensors (fp16: the values are rounded already)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {key: getattr(self, key) for key in ("name", "codebooks", "codebook_size")}
-        config["bands"] = len(self.mean)
-        sound.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-        write_tensors(folder / "model.safetensors", self.state_dict(), dtype=torch.half)
 
-    @classmethod
-    def load(cls, folder):
-        """A saved codec. ValueError, in one sentence, if it is missing or damaged."""
-        try:
-            config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-            codec = cls(config["codebooks"], config["codebook_size"], config["bands"])
-            load_weights(codec, Path(folder, "model.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"no codec in {folder}, or a damaged one ({error}); `git checkout -- toy/codec`"
-                " restores the shipped one"
-            ) from None
-        return codec
+def load(file=FILE) -> ToyCodec:
+    """The codec that ships. ValueError, in one sentence, if its file is missing or damaged."""
+    codec = ToyCodec()
+    load_weights(codec, file)
+    return codec

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-from audio import FRAME_RATE, SAMPLE_RATE, band_power, filterbank
+from audio import FRAME_RATE, SAMPLE_RATE, band_power, filterbank, power
 from checkpoint import load_weights, read_tensors, write_tensors
 from codec import load_codec
 from toy import corpus
@@ -76,8 +76,7 @@ def hear(audio) -> Sound:
     mel = decibels(band_power(audio, MEL)).mT  # (B, 64, T)
     padded = F.pad(audio, (WINDOW // 2, WINDOW // 2))
     spectrum = torch.fft.rfft(padded.unfold(1, WINDOW, PITCH_HOP) * torch.hann_window(WINDOW))
-    power = torch.view_as_real(spectrum).square().sum(-1)  # (B, P, 4097)
-    pitch = decibels(power @ PITCHES.T / (WINDOW / 4) ** 2).mT  # (B, 180, P)
+    pitch = decibels(power(spectrum) @ PITCHES.T / (WINDOW / 4) ** 2).mT  # (B, 180, P)
     return Sound(frames_of(mel, pitch), chroma_of(pitch), beat_of(mel))
 
 
@@ -118,18 +117,6 @@ def beat_of(mel):
     return 3 * beat.flatten(1, 2)
 
 
-class CircularConv(nn.Module):
-    """A convolution over all twelve pitch classes: (B, inputs, 12) -> (B, outputs, 12)."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.layer = nn.Conv1d(inputs, outputs, 12)
-        self.norm = nn.BatchNorm1d(outputs)
-
-    def forward(self, h):
-        return F.gelu(self.norm(self.layer(torch.cat([h, h[..., :11]], 2))))
-
-
 class Ear(nn.Module):
     """Sound -> frames (B, W, D) of the embedding, and the logits of each factor (B, choices)."""
 
@@ -139,8 +126,12 @@ class Ear(nn.Module):
             nn.LayerNorm(436), nn.Linear(436, width), nn.GELU(), nn.Dropout(0.2),
             nn.Linear(width, width), nn.GELU(), nn.Dropout(0.2),
         )  # fmt: skip
-        self.circle = nn.Sequential(CircularConv(15, 64), CircularConv(64, 64))
-        self.key = nn.Linear(64, 2)  # major and minor on each tonic
+        around = dict(padding="same", padding_mode="circular")  # the twelve pitch classes
+        self.key = nn.Sequential(
+            nn.Conv1d(15, 64, 12, **around), nn.BatchNorm1d(64), nn.GELU(),
+            nn.Conv1d(64, 64, 12, **around), nn.BatchNorm1d(64), nn.GELU(),
+            nn.Conv1d(64, 2, 1),  # major and minor on each tonic
+        )  # fmt: skip
         self.pulse = nn.Sequential(
             nn.Conv1d(12, 32, 9, padding=4), nn.GELU(), nn.Conv1d(32, 32, 9, padding=4), nn.GELU()
         )
@@ -154,7 +145,7 @@ class Ear(nn.Module):
         pulse = self.pulse(sound.beat)  # (B, 32, G)
         pooled = torch.cat([h.mean(1), h.amax(1), pulse.mean(2)], 1)
         logits = {k: head(pooled) for k, head in self.heads.items()}
-        logits["key"] = self.key(self.circle(sound.chroma).mT).mT.flatten(1)  # (B, 24)
+        logits["key"] = self.key(sound.chroma).flatten(1)  # (B, 24)
         at = (AXIS[None] - torch.tensor(TEMPI)[:, None]).abs().argmin(1)
         logits["tempo"] = logits["tempo"] + self.tempo(pulse)[:, 0, at]
         known = [logits[k].softmax(1)[:, None].expand(-1, h.shape[1], -1) for k in ("tempo", "key")]
