@@ -50,25 +50,19 @@ def test_factors_are_balanced_and_possible():
         assert f["lead"] in songbook.GENRES[f["genre"]].leads
 
 
-def test_a_corpus_may_have_more_mixtures_or_none(monkeypatch):
+def test_a_corpus_may_have_more_mixtures_or_none():
     for share in (0.0, 0.4, 0.95):
         mixed = [
             songbook.sample_clip(i, mixtures=share)[0]["rhythm"] is not None for i in range(2000)
         ]
         assert np.mean(mixed) == pytest.approx(share, abs=0.03)
-    for share, why in (("1", r"--mixtures must be in \[0, 0.95\]"), ("0.4", "do not ship")):
-        with pytest.raises(ValueError, match=why):
-            command(monkeypatch, "build", "--corpus-only", "--mixtures", share)
 
 
 @pytest.mark.parametrize(
     "words, why",
     [
-        (["listen", "--n", "0"], "--n must be in"),
-        (["listen", "--seconds", "inf"], "--seconds must be in"),
-        (["build", "--workers", "0"], "--workers must be in"),
-        (["judge", "--clips", "1"], "--clips must be in"),
-        (["ship", "toy/lm", "--top-k", "0"], "--top-k must be in"),
+        (["build", "--clips", "0"], "--clips must be in"),
+        (["build", "--mixtures", "1"], r"--mixtures must be in \[0, 0.95\]"),
         (["ship", "nowhere"], "no checkpoint at nowhere"),
     ],
 )
@@ -83,11 +77,12 @@ def test_what_ships_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     options = dict(data="/home/me/data", out="out/x", init_from="toy", text_encoder="toy", steps=3)
     extra = dict(train=options, step=3, best=0.5, codec="toy", sampling=dict(top_k=9, guidance=2))
     save_checkpoint(tmp_path / "run", lm, corpus.text_encoder(), extra)
-    monkeypatch.setattr(__main__, "HERE", tmp_path / "toy")
-    command(monkeypatch, "ship", tmp_path / "run", "--guidance", "4")
+    shipped_before = corpus.HERE
+    monkeypatch.setattr(corpus, "HERE", tmp_path / "toy")
+    command(monkeypatch, "ship", tmp_path / "run")
     config = read_config(tmp_path / "toy" / "lm")
     assert config["train"] == dict(init_from="toy", text_encoder="toy", steps=3)
-    assert config["sampling"] == dict(top_k=9, guidance=4)
+    assert config["sampling"] == dict(top_k=9, guidance=2)
     assert config["step"] == 3 and config["best"] == 0.5 and config["codec"] == "toy"
     shipped = load_checkpoint(tmp_path / "toy" / "lm").state_dict()
     assert all((v.half() == shipped[k].half()).all() for k, v in lm.state_dict().items())
@@ -98,7 +93,7 @@ def test_what_ships_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="text encoder is a folder"):
         command(monkeypatch, "ship", tmp_path / "run")
     for folder in ("lm", "refiner"):
-        names = read_config(corpus.HERE / folder)["train"].values()
+        names = read_config(shipped_before / folder)["train"].values()
         assert {name for name in names if isinstance(name, str)} <= {"toy"}
 
 

@@ -1,5 +1,7 @@
 """The band: the notes of clips become audio, played by fluidsynth and a General MIDI sound font."""
 
+import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,10 +17,6 @@ FONTS = [
     "/usr/share/sounds/sf3/FluidR3Mono_GM.sf3", "/usr/share/soundfonts/FluidR3Mono_GM.sf3",
     "/usr/share/sounds/sf2/FluidR3_GM.sf2", "/usr/share/soundfonts/FluidR3_GM.sf2",
 ]  # fmt: skip
-MISSING = (
-    "playing the toy world's music needs fluidsynth and its sound font: "
-    "apt-get install fluidsynth fluidr3mono-gm-soundfont"
-)
 KNEE = 0.7  # peaks above it are bent; none reaches 1
 # fluidsynth reads its clock in whole milliseconds, once in each buffer of 64 samples. 640 ms are
 # exactly 441 buffers, so clips that start at multiples of 640 ms are rounded alike. Then a clip's
@@ -33,9 +31,12 @@ def render_many(pieces: list, seconds: float) -> list[np.ndarray]:
     Starting fluidsynth takes as long as playing several clips. So all clips go into one file, at
     equal distances, and its audio is cut up. ValueError if fluidsynth or its font is missing.
     """
-    font = next((f for f in FONTS if Path(f).exists()), None)
-    if font is None:
-        raise ValueError(MISSING)
+    font = next(filter(os.path.exists, FONTS), None)
+    if not (font and shutil.which("fluidsynth")):
+        raise ValueError(
+            "playing the toy world's music needs fluidsynth and its sound font: "
+            "apt-get install fluidsynth fluidr3mono-gm-soundfont"
+        )
     distance = int(np.ceil((seconds + 0.1) * 1000 / PERIOD)) * PERIOD  # ms
     with tempfile.TemporaryDirectory() as folder:
         song, raw, settings = (Path(folder, n) for n in ("clips.mid", "clips.raw", "settings"))
@@ -43,10 +44,7 @@ def render_many(pieces: list, seconds: float) -> list[np.ndarray]:
         settings.write_text("interp 1\n")  # linear interpolation: a fifth faster, sounds the same
         command = f"fluidsynth -niq -r {SAMPLE_RATE} -T raw -O float -z 512 -R 0 -C 0".split()
         command += ["-o", f"synth.polyphony={VOICES}", "-f", settings, "-F", raw, font, song]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise ValueError(MISSING) from None
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not raw.exists():
             raise ValueError(f"fluidsynth failed: {done.stderr.strip()}")
         stereo = np.fromfile(raw, "<f4")
@@ -78,8 +76,7 @@ def midi_file(pieces: list, distance: int, length: int) -> mido.MidiFile:
             for number, value in part.controls.items():
                 events.append((begin, 1, (0xB0 + channel, number, value)))
             for start, end, pitch, velocity in part.notes:
-                on = (0x90 + channel, pitch, velocity)
-                events.append((begin + round(start * 1000), 3, on))
+                events.append((begin + round(start * 1000), 3, (0x90 + channel, pitch, velocity)))
                 events.append((begin + round(end * 1000), 2, (0x80 + channel, pitch, 0)))
             for number in (120, 121):  # all sound off, at once; controllers back to normal
                 events.append((begin + length, 4, (0xB0 + channel, number, 0)))
@@ -92,15 +89,11 @@ def midi_file(pieces: list, distance: int, length: int) -> mido.MidiFile:
     return mido.MidiFile(type=0, ticks_per_beat=1000, tracks=[track])
 
 
-def reverberation() -> np.ndarray:
-    """A room: noise that decays by 60 dB in 1.4 s, without bass, of unit energy."""
-    time = np.arange(int(0.8 * SAMPLE_RATE)) / SAMPLE_RATE
-    noise = np.random.default_rng(0).standard_normal(len(time)) * np.exp(-6.9 * time / 1.4)
-    noise = np.diff(noise, append=0) + 0.15 * noise
-    return (noise / np.linalg.norm(noise)).astype(np.float32)
-
-
-ROOM = reverberation()
+# A room: noise that decays by 60 dB in 1.4 s, without bass, of unit energy.
+_TIME = np.arange(int(0.8 * SAMPLE_RATE)) / SAMPLE_RATE
+_NOISE = np.random.default_rng(0).standard_normal(len(_TIME)) * np.exp(-6.9 * _TIME / 1.4)
+_NOISE = np.diff(_NOISE, append=0) + 0.15 * _NOISE
+ROOM = (_NOISE / np.linalg.norm(_NOISE)).astype(np.float32)
 NO_RUMBLE = butter(2, 25, "high", fs=SAMPLE_RATE, output="sos")
 
 
@@ -110,9 +103,8 @@ def master(audio: np.ndarray, reverb: float) -> np.ndarray:
     audio += reverb * oaconvolve(audio, ROOM)[: len(audio)]
     for _ in range(2):  # bending lowers the loudness; the second pass restores it
         audio *= RMS / max(float(np.sqrt(np.mean(audio**2))), 1e-6)
-        over = np.abs(audio) > KNEE
-        bent = KNEE + (1 - KNEE) * np.tanh((np.abs(audio[over]) - KNEE) / (1 - KNEE))
-        audio[over] = np.copysign(bent, audio[over])
-    fade = min(len(audio), SAMPLE_RATE // 20)
-    audio[len(audio) - fade :] *= np.linspace(1, 0, fade)
-    return audio.astype(np.float32)
+        bent = (1 - KNEE) * np.tanh((np.abs(audio) - KNEE).clip(0) / (1 - KNEE))
+        audio = np.copysign(np.abs(audio).clip(max=KNEE) + bent, audio)
+    end = audio[-SAMPLE_RATE // 20 :]
+    end *= np.linspace(1, 0, len(end))
+    return audio

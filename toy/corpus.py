@@ -26,7 +26,7 @@ TEXT = HERE / "text.safetensors"
 PACKED = HERE / "corpus.tar.xz"
 UNPACKED = HERE.parent / "data" / "toy"
 SECONDS = 10.0  # of a clip
-AT_ONCE = 128  # clips that one fluidsynth plays
+AT_ONCE = 64  # clips that one fluidsynth plays
 VALID = 16  # every sixteenth clip is for validation
 
 
@@ -63,31 +63,29 @@ def play_clips(indices, split_seed=0, seconds=SECONDS, mixtures=MIXTURES) -> lis
     return render_many([compose(*clip, seconds) for clip in clips], seconds)
 
 
-def in_processes(work, clips, workers, title, at_once=AT_ONCE):
-    """Yields (indices, work(indices)) for `at_once` of the clips at a time, made by processes."""
-    parts = [clips[i : i + at_once] for i in range(0, len(clips), at_once)]
-    with ProcessPoolExecutor(workers) as pool:
-        made = tqdm(pool.map(work, parts), title, len(parts), unit_scale=at_once)
-        yield from zip(parts, made)
+def in_processes(work, clips, title):
+    """Yields (indices, work(indices)) for AT_ONCE of the clips at a time, one process a core."""
+    parts = [clips[i : i + AT_ONCE] for i in range(0, len(clips), AT_ONCE)]
+    with ProcessPoolExecutor() as pool:
+        yield from zip(tqdm(parts, title, unit_scale=AT_ONCE), pool.map(work, parts))
 
 
-def play_and_encode(indices, seconds, mixtures) -> np.ndarray:
+def play_and_encode(indices, mixtures) -> np.ndarray:
     """Clips as codes (clips, 9, T), made in a process of its own."""
     torch.set_num_threads(1)
-    audio = torch.from_numpy(np.stack(play_clips(indices, seconds=seconds, mixtures=mixtures)))
+    audio = torch.from_numpy(np.stack(play_clips(indices, mixtures=mixtures)))
     return load_codec("toy").encode(audio).numpy().astype(np.uint16)
 
 
-def write_corpus(out, clips, full, seconds, mixtures, workers):
+def write_corpus(out, clips, full, mixtures):
     """Writes clips 0 ... `clips` - 1 to the data folder `out`: nine codebooks of the first `full`
     clips, one of the others. An interrupted corpus is continued."""
     writer = Writer(out, load_codec("toy"))
     todo = range(len(writer.rows()), clips)
-    work = partial(play_and_encode, seconds=seconds, mixtures=mixtures)
-    for part, codes in in_processes(work, todo, workers, "corpus"):
+    for part, codes in in_processes(partial(play_and_encode, mixtures=mixtures), todo, "corpus"):
         rows = []
         for i, clip in zip(part, codes):
-            split = "train" if i % VALID else "valid"
-            row = dict(split=split, factors=sample_clip(i, mixtures=mixtures)[0])
+            factors = sample_clip(i, mixtures=mixtures)[0]
+            row = dict(split="train" if i % VALID else "valid", factors=factors)
             rows.append((clip if i < full else clip[:1], row))
         writer.add(rows)

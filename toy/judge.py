@@ -64,57 +64,45 @@ def constant_q():
 PITCHES = constant_q()
 
 
-def decibels(power):  # of a clip as loud as all are -> about unit variance
-    return (10 * (power + 1e-6).log10() + 40) / 15
-
-
 @torch.no_grad()
 def hear(audio) -> Sound:
     """audio (B, S) of at least two seconds -> Sound. Loudness is made the same for all clips."""
     level = audio.square().mean(1, keepdim=True).sqrt().clamp(min=1e-5)
     audio = audio * (RMS / level)
+    decibels = lambda power: (10 * (power + 1e-6).log10() + 40) / 15  # of about unit variance
     mel = decibels(band_power(audio, MEL)).mT  # (B, 64, T)
     padded = F.pad(audio, (WINDOW // 2, WINDOW // 2))
     spectrum = torch.fft.rfft(padded.unfold(1, WINDOW, PITCH_HOP) * torch.hann_window(WINDOW))
     pitch = decibels(power(spectrum) @ PITCHES.T / (WINDOW / 4) ** 2).mT  # (B, 180, P)
-    return Sound(frames_of(mel, pitch), chroma_of(pitch), beat_of(mel))
 
-
-def frames_of(mel, pitch):
-    """mel (B, 64, T), pitch (B, 180, P) -> (B, W, 436)"""
     W = mel.shape[2] // 100  # of 1.16 s
-    mel = mel[..., : 100 * W].unflatten(2, (W, 100))  # (B, 64, W, 100)
+    parts = mel[..., : 100 * W].unflatten(2, (W, 100))  # (B, 64, W, 100)
     semitones = torch.maximum(pitch[:, 0::2], pitch[:, 1::2])  # (B, 90, P)
-    heard = [
-        mel.mean(3), 2 * mel.std(3), mel.amax(3) - 1, 8 * mel.diff(dim=3).clamp(min=0).mean(3),
+    frames = [
+        parts.mean(3), 2 * parts.std(3), parts.amax(3) - 1,
+        8 * parts.diff(dim=3).clamp(min=0).mean(3),
         F.adaptive_avg_pool1d(semitones, W), F.adaptive_max_pool1d(semitones, W),
     ]  # fmt: skip
-    return torch.cat(heard, 1).mT
 
-
-def chroma_of(pitch):
-    """pitch (B, 180, P) -> (B, 15, 12): three registers in the four quarters and in the whole."""
-    # What is louder than its neighbourhood is a tone; drums are not.
+    # What is louder than its neighbourhood is a tone; drums are not. Three registers of octaves
+    # from E1, in the four quarters of the clip and in the whole.
     tones = (pitch - F.avg_pool1d(pitch.mT, 13, 1, 6, count_include_pad=False).mT).clamp(min=0)
-    octaves = F.pad(tones[:, 0::2], (0, 0, 0, 6)).unflatten(1, (8, 12))  # (B, 8, 12, P), from E1
+    octaves = F.pad(tones[:, 0::2], (0, 0, 0, 6)).unflatten(1, (8, 12))  # (B, 8, 12, P)
     registers = torch.stack([octaves[:, a:b].sum(1) for a, b in ((0, 2), (2, 5), (5, 8))], 1)
     quarters = F.adaptive_avg_pool1d(registers.flatten(1, 2), 4).unflatten(1, (3, 12))
-    parts = torch.cat([quarters, quarters.mean(3, True)], 3)  # (B, 3, 12, 5)
-    return parts.permute(0, 1, 3, 2).flatten(1, 2).roll(LOWEST % 12, 2)
+    chroma = torch.cat([quarters, quarters.mean(3, True)], 3)  # (B, 3, 12, 5)
+    chroma = chroma.mT.flatten(1, 2).roll(LOWEST % 12, 2)
 
-
-def beat_of(mel):
-    """mel (B, 64, T) -> (B, 12, G): how much the onsets of four groups of bands repeat after one,
-    two and four beats of each tempo."""
+    # How much the onsets in four groups of bands repeat after one, two and four beats.
     rise = mel.diff(dim=2).clamp(min=0).unflatten(1, (4, 16)).mean(2)  # (B, 4, T - 1)
     rise = rise - F.avg_pool1d(rise, 87, 1, 43, count_include_pad=False)
-    power = torch.fft.rfft(rise, n=2 * rise.shape[2]).abs().square()
-    repeats = torch.fft.irfft(power)[..., : rise.shape[2]]  # (B, 4, lags)
-    repeats = repeats / repeats[..., :1].clamp(min=1e-6)
-    lags = (torch.tensor([[1], [2], [4]]) * 60 * FRAME_RATE / AXIS).clamp(max=rise.shape[2] - 2)
+    size = rise.shape[2]
+    repeats = torch.fft.irfft(torch.fft.rfft(rise, n=2 * size).abs().square())[..., :size]
+    repeats = repeats / repeats[..., :1].clamp(min=1e-6)  # (B, 4, lags)
+    lags = (torch.tensor([[1], [2], [4]]) * 60 * FRAME_RATE / AXIS).clamp(max=size - 2)
     whole, part = lags.long(), lags % 1
     beat = repeats[..., whole] * (1 - part) + repeats[..., whole + 1] * part  # (B, 4, 3, G)
-    return 3 * beat.flatten(1, 2)
+    return Sound(torch.cat(frames, 1).mT, chroma, 3 * beat.flatten(1, 2))
 
 
 class Ear(nn.Module):
@@ -223,16 +211,16 @@ def heard_in_real_clips() -> Heard:
 # -------------------------------------------------------------------------------- training ----
 
 
-def build(clips, workers) -> Heard:
+def build(clips=4352) -> Heard:
     """Trains the judge and writes toy/judge.safetensors. Listens to the corpus's held-out clips and
     writes toy/heard.safetensors."""
-    made = corpus.in_processes(play_and_hear, range(clips), workers, "clips", at_once=64)
+    made = corpus.in_processes(play_and_hear, range(clips), "clips")
     sounds = Sound(*(torch.cat(part) for part in zip(*(sound for _, sound in made))))
     judge = train(sounds, [sample_clip(i, split_seed=2)[0] for i in range(clips)])
     write_tensors(FILE, judge.state_dict(), dtype=torch.half)
 
     held_out = range(0, 6144, corpus.VALID)  # as many clips as the corpus that ships has
-    made = corpus.in_processes(corpus.play_clips, held_out, workers, "held-out clips", at_once=64)
+    made = corpus.in_processes(corpus.play_clips, held_out, "held-out clips")
     heard = judge.listen(torch.from_numpy(clip) for _, played in made for clip in played)
     write_tensors(REAL, {"frames": torch.stack(heard.frames)} | heard.logits, dtype=torch.half)
     return heard
@@ -248,18 +236,18 @@ def play_and_hear(indices) -> Sound:
     return Sound(*(x.half() for x in hear(audio)))
 
 
-def train(sounds, factors, steps=1500, batch=64, lr=2e-3, seed=0):
-    """Each clip of a batch must find its own caption, each caption its clip, each head its factor.
-    The text encoder stays as it is, so three captions a clip are encoded once, before training."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    judge = Judge()
-    judge.reader.requires_grad_(False).eval()
-    captions = [caption(f, rng) for _ in range(3) for f in factors]
-    parts = trange(0, len(captions), 64, desc="captions", disable=None)
-    texts = torch.cat([judge.reader.pooled(captions[i : i + 64]) for i in parts])  # (3 N, d_text)
+def targets(factors) -> dict:
+    """Factors of N clips -> {factor: (N,), the right choices}."""
     factors = [f | {"rhythm": f["rhythm"] or f["genre"]} for f in factors]
-    targets = {k: torch.tensor([v.index(f[k]) for f in factors]) for k, v in FACTORS.items()}
+    return {k: torch.tensor([v.index(f[k]) for f in factors]) for k, v in FACTORS.items()}
+
+
+def train(sounds, factors, steps=1500, batch=64, lr=2e-3):
+    """Each clip of a batch must find its own caption, each caption its clip, each head its factor.
+    The text encoder stays as it is."""
+    torch.manual_seed(0)
+    rng, right, judge = np.random.default_rng(0), targets(factors), Judge()
+    judge.reader.requires_grad_(False).eval()
 
     def loss():
         picks = torch.from_numpy(rng.choice(len(factors), batch, replace=False))
@@ -269,13 +257,12 @@ def train(sounds, factors, steps=1500, batch=64, lr=2e-3, seed=0):
         frames = sound.frames + colour + 0.1 * torch.randn_like(sound.frames)
         frames, logits = judge.ear(sound._replace(frames=frames))
         heard = F.normalize(frames.mean(1), dim=1)
-        read = F.normalize(judge.say(texts[picks + len(factors) * int(rng.integers(3))]), dim=1)
+        read = judge.read([caption(factors[i], rng) for i in picks])
         similar = judge.scale.exp() * heard @ read.T  # (B, B)
         own = torch.arange(batch)
         total = (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
-        return total + sum(F.cross_entropy(logits[k], v[picks]) for k, v in targets.items())
+        return total + sum(F.cross_entropy(logits[k], v[picks]) for k, v in right.items())
 
-    judge.ear.train()
     learned = [p for p in judge.parameters() if p.requires_grad]
     minimize(loss, learned, steps, lr, "judge", weight_decay=0.05, max_norm=5.0)
     return judge.eval().requires_grad_(False)

@@ -23,14 +23,6 @@ def ask(codec, count, kinds=KINDS[:3]) -> dict:
     factors = [row["factors"] for row in Clips(corpus.folder(), "valid", 1).rows]
     heard = heard_in_real_clips()
     count = min(count, len(valid))
-    prompts = {}
-    for kind in kinds:
-        if kind in TEMPLATES:
-            prompts[kind] = [TEMPLATES[kind].format(**f) for f in factors[:count]]
-        else:
-            seed = ("words", "sentence", "paragraph").index(kind)
-            draws = [np.random.default_rng([seed, i]) for i in range(count)]
-            prompts[kind] = [words.caption(f, rng, kind) for f, rng in zip(factors, draws)]
     alike = {}  # held-out clips that one prompt of mood and genre describes
     for i, f in enumerate(factors):
         if f["rhythm"] is None:  # no mixture of genres
@@ -40,7 +32,7 @@ def ask(codec, count, kinds=KINDS[:3]) -> dict:
         name="toy",
         about=f"{count} held-out clips; reference: the other {len(factors) - count} held-out clips."
         " Factors: of real clips and codec-K all count, of the others those that the prompt names",
-        prompts=prompts,
+        prompts={k: [prompt(k, f, i) for i, f in enumerate(factors[:count])] for k in kinds},
         codes=np.stack([valid.codes(i, 0, 862) for i in range(count)]),
         real=heard.of(range(count)),
         reference=torch.cat(heard.of(range(count, len(factors))).frames),
@@ -48,6 +40,12 @@ def ask(codec, count, kinds=KINDS[:3]) -> dict:
         repeated={prompt: heard.of(rows).embedding for prompt, rows in alike[:8]},
         training=Clips(corpus.folder(), "train", 1),
     )
+
+
+def prompt(kind, factors, i) -> str:
+    if kind in TEMPLATES:
+        return TEMPLATES[kind].format(**factors)
+    return words.caption(factors, np.random.default_rng([words.LENGTHS.index(kind), i]), kind)
 
 
 def same_tempo(asked, heard):
@@ -67,29 +65,26 @@ def as_asked(logits, factors, captions=None) -> dict:
     caption names it; without captions, everywhere. Of a mixture the judge hears the genre that
     lends the rhythm, so "genre" counts only where there is none.
     """
-    named = mentioned(captions, factors) if captions else {}
+    named = [{*FACTORS}] * len(factors) if captions is None else map(mentioned, captions, factors)
+    named = [names - ({"genre"} if f["rhythm"] else set()) for names, f in zip(named, factors)]
     verdicts = {}
     for row in ("genre", "lead", "tempo", "key", "mood", "tempo, half or double"):
         factor = row.split(",")[0]
         same = {"tempo": same_tempo, "tempo, half or double": in_time}.get(row, operator.eq)
         heard = [FACTORS[factor][i] for i in logits[factor].argmax(1)]
-        right = np.array([same(f[factor], value) for f, value in zip(factors, heard)])
-        counts = named.get(factor, np.ones(len(factors), bool))
-        if factor == "genre":
-            counts = counts & [f["rhythm"] is None for f in factors]
-        verdicts[row] = right[counts]
+        pairs = [(f[factor], h) for f, h, names in zip(factors, heard, named) if factor in names]
+        verdicts[row] = np.array([same(*pair) for pair in pairs], bool)
     return verdicts
 
 
-def mentioned(captions, factors):
-    """Which captions name each factor: {factor: (N,) of bool}."""
-    texts = [c.lower() for c in captions]
-    uses = lambda lists: np.array([any(w in t for w in ws) for t, ws in zip(texts, lists)])
-    said = lambda pattern: np.array([bool(re.search(pattern, t)) for t in texts])
-    return {
-        "genre": uses([[*songbook.GENRES[f["genre"]].words, f["genre"]] for f in factors]),
-        "lead": np.array([words.names_lead(t, f) for t, f in zip(texts, factors)]),
-        "tempo": said(TextEncoder.TEMPO),
-        "key": said(r"\b[a-g](#|b| sharp| flat)? (major|minor)\b"),
-        "mood": uses([songbook.MOODS[f["mood"]].words for f in factors]),
-    }
+def mentioned(caption, f) -> set:
+    """Which of the factors f of its clip a caption names."""
+    uses = lambda names: any(name in caption.lower() for name in names)
+    named = dict(
+        genre=uses([*songbook.GENRES[f["genre"]].words, f["genre"]]),
+        lead=words.names_lead(caption, f),
+        tempo=TextEncoder.TEMPO.search(caption),
+        key=re.search(r"(?i)\b[a-g](#|b| sharp| flat)? (major|minor)\b", caption),
+        mood=uses(songbook.MOODS[f["mood"]].words),
+    )
+    return {factor for factor, said in named.items() if said}
