@@ -7,8 +7,10 @@
 Writes results/words.md, .csv and .png. Held-out prompts; all measures are of the same samples:
 
   distance   of the next-token distributions with and without the prompt (total variation)
+  told       the prompt is the likeliest of eight, for the model reading those ten seconds alone
   FD, ...    what the toy judge hears in the first and the last ten seconds, refined
   rise       of the bands, in dB, where the text is read again, and elsewhere
+  repeated   seconds of the longest run of tokens that was there before, without overlap
 """
 
 import os
@@ -16,6 +18,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -45,8 +48,11 @@ def measure(models, seconds, count):
             curves[way] = distance.mean(0).numpy()
             for where, start in (("first", 0), ("last", codes.shape[2] - TEN)):
                 heard = judge.listen(ten_seconds(system, prompts, codes, start))
-                cells = {"distance": mean(distance[:, start : start + TEN].mean(1))}
+                ten = slice(start, start + TEN)
+                cells = {"distance": mean(distance[:, ten].mean(1))}
+                cells["told"] = mean(told(system, codes[:, :, ten], prompts))
                 table[f"{way}: {where} 10 s"] = cells | judged(judge, task, heard, prompts)
+            table[f"{way}: last 10 s"]["repeated"] = mean([*map(repeated, codes[:8, 0].numpy())])
             if ways[way] is None and len(ways) > 1:
                 places = readings(system.lm, codes.shape[2])
                 for where, at in (("readings", places), ("elsewhere", places - places[0] // 3)):
@@ -70,6 +76,28 @@ def play(system, prompts, frames, kept=None):
         )  # fmt: skip
         codes = torch.cat([*tqdm(blocks, "playing", -(-frames // 64), disable=None)], 2)
     return codes, torch.stack(distances, 1)[:, :frames]
+
+
+@torch.inference_mode()
+def told(system, codes, prompts):
+    """Whether a clip's own prompt is the likeliest of the eight of its group: (R,) of bool"""
+    right = []
+    for i in range(len(prompts)):
+        group = prompts[i // 8 * 8 : i // 8 * 8 + 8]
+        clips = codes[i : i + 1].expand(len(group), -1, -1)
+        logits = system.lm(clips, *system.encoder(group))[:, 0]
+        nats = F.cross_entropy(logits.mT, clips[:, 0], reduction="none").mean(1)
+        right.append(int(nats.argmin()) == i % 8)
+    return np.array(right)
+
+
+def repeated(tokens):
+    """The longest run in tokens (T,) that was there before: without overlap, in seconds"""
+    longest = 0
+    for lag in range(1, len(tokens)):
+        differs = np.flatnonzero(np.pad(tokens[lag:] != tokens[:-lag], 1, constant_values=True))
+        longest = max(longest, min(lag, int(np.diff(differs).max()) - 1))
+    return longest / FRAME_RATE
 
 
 def ten_seconds(system, prompts, codes, start):

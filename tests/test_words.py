@@ -24,8 +24,11 @@ def test_each_way_is_measured_at_both_ends(forgetful):
     never = "toy, never read again"
     ends = [f"{way}: {end} 10 s" for way in ("toy", never) for end in ("first", "last")]
     assert {*table} == {*ends, "toy: readings", "toy: elsewhere"}
-    assert all({"distance", "FD_toy", "KL_toy", "CLAP_toy"} <= {*table[row]} for row in ends)
+    assert all(
+        {"distance", "told", "FD_toy", "KL_toy", "CLAP_toy"} <= {*table[row]} for row in ends
+    )
     assert all(0 < table[row]["distance"].value < 1 for row in ends)
+    assert all("repeated" in table[row] for row in ends if "last" in row)
     assert curves["toy"].shape == curves[never].shape == (301,)
     same = slice(0, 58)  # until the first reading
     assert np.array_equal(curves["toy"][same], curves[never][same])
@@ -44,3 +47,23 @@ def test_bands_rise_at_a_note():
     level[:, :, 20:] = 6.0
     codec = type("Codec", (), dict(from_codes=lambda self, codes: codes))()
     assert words.rise(codec, level, [20]).value == 6 and words.rise(codec, level, [30]).value == 0
+
+
+def test_what_is_repeated_is_the_longest_run_without_overlap():
+    tokens = np.array([1, 2, 3, 4, 9, 8, 2, 3, 4, 7])
+    assert words.repeated(tokens) == 3 / words.FRAME_RATE
+    assert words.repeated(np.zeros(10)) == 5 / words.FRAME_RATE  # the half, not all but one
+
+
+def test_a_prompt_is_told_by_what_was_played_to_it():
+    """By a model for which those codes are likely that are the length of the prompt."""
+
+    def lm(codes, text):
+        wanted = torch.tensor([[len(prompt)] for prompt in text])[:, None].expand(codes.shape)
+        return 9.0 * torch.nn.functional.one_hot(wanted, 20)
+
+    system = type("System", (), dict(lm=staticmethod(lm), encoder=lambda self, prompts: [prompts]))
+    prompts = ["a" * n for n in range(1, 10)]
+    codes = torch.tensor([*range(1, 9), 3])[:, None, None].expand(-1, 1, 7)
+    assert words.told(system(), codes, prompts).tolist() == [True] * 9  # the last is alone
+    assert not words.told(system(), codes.flip(0)[1:], prompts[:8])[0]
