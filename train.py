@@ -352,20 +352,18 @@ class Trainer:
             self.averaged = AveragedModel(objective.model, multi_avg_fn=average)
         self.kept = self.averaged.module if self.averaged else objective.model
         self.optimizer = make_optimizer(objective, config)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.trained = trained_parameters(objective)
+        self.state = self.trained, self.optimizer, self.averaged
         if data.resuming:
-            about = checkpoint.load_trainer(run / "last", *self.parts(), processes)
+            about = checkpoint.load_trainer(run / "last", *self.state, processes)
             if about["data"] != data.fingerprint:
                 anew = f"restore it, or start a new run with --init-from {run}/best"
                 raise ValueError(f"{data.folder} has changed since {run} began: {anew}")
             self.step, self.best = about["step"], about["best"]
 
-    def parts(self):
-        return trained_parameters(self.objective), self.optimizer, self.averaged
-
     def update(self, rate):
         """A step of the optimizer, unless the gradient is not finite -> the gradient's norm."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip)
         norm = self.processes.whole(norm).item()
         self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
         if self.bad_steps == 10:
@@ -414,7 +412,7 @@ class Trainer:
                 write_text(folder / "README.md", card(self))
             if name == "last":
                 about["data"] = self.data.fingerprint
-                checkpoint.save_trainer(folder, *self.parts(), about, self.processes)
+                checkpoint.save_trainer(folder, *self.state, about, self.processes)
         except OSError as error:
             again = f"python train.py --resume {self.run}"
             raise ValueError(f"{error}: make room, then continue with `{again}`") from None
