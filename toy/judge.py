@@ -30,17 +30,21 @@ from toy.words import caption
 FILE = corpus.HERE / "judge.safetensors"
 REAL = corpus.HERE / "heard.safetensors"
 D = 64
-KEYS = [f"{tonic} {mode}" for mode in ("major", "minor") for tonic in TONICS]
 FACTORS = {  # what each head chooses from
-    "genre": [*GENRES], "rhythm": [*GENRES], "lead": [*LEADS], "tempo": TEMPI, "key": KEYS,
-    "mood": [*MOODS],
+    "genre": [*GENRES], "rhythm": [*GENRES], "lead": [*LEADS], "tempo": TEMPI, "mood": [*MOODS],
+    "key": [f"{tonic} {mode}" for mode in ("major", "minor") for tonic in TONICS],
 }  # fmt: skip
 TAGS = [*GENRES, *LEADS, *MOODS, "slow", "mid-tempo", "fast"]
 
 MEL = filterbank(64, 700.0, 40.0, 16000.0)
-LOWEST, QUARTERS = 28, 180  # MIDI note of the lowest pitch bin, E1; bins, a quarter-tone each
-WINDOW, PITCH_HOP = 8192, 4096  # samples
 AXIS = torch.logspace(np.log10(40), np.log10(240), 384)  # (G,) of tempo, 0.5% a point
+LOWEST, WINDOW = 28, 8192  # the lowest pitch, E1, as a MIDI note; samples of a pitch frame
+# 180 triangles, a quarter-tone apart, to either side a quarter-tone wide or at least one FFT bin.
+_CENTRES = 440 * 2 ** ((LOWEST - 69) / 12 + np.arange(180)[:, None] / 24)  # (180, 1), Hz
+_REACH = np.maximum(_CENTRES * (2 ** (1 / 24) - 1), SAMPLE_RATE / WINDOW)
+_TRIANGLES = 1 - np.abs(np.fft.rfftfreq(WINDOW, 1 / SAMPLE_RATE) - _CENTRES) / _REACH
+_TRIANGLES = torch.from_numpy(_TRIANGLES).clamp(min=0).float()
+PITCHES = _TRIANGLES / _TRIANGLES.sum(1, keepdim=True)  # (180, 4097)
 
 
 class Sound(NamedTuple):
@@ -51,19 +55,6 @@ class Sound(NamedTuple):
     beat: Tensor  # (B, 12, G), how much the onsets repeat at each tempo
 
 
-def constant_q():
-    """-> (180, 4097) triangles, to either side a quarter-tone wide or at least one FFT bin."""
-    centres = 440 * 2 ** ((LOWEST - 69) / 12 + np.arange(QUARTERS)[:, None] / 24)  # (180, 1), Hz
-    bin_width = SAMPLE_RATE / WINDOW
-    reach = np.maximum(centres * (2 ** (1 / 24) - 1), bin_width)
-    triangles = 1 - np.abs(np.arange(WINDOW // 2 + 1) * bin_width - centres) / reach
-    triangles = np.clip(triangles, 0, None)
-    return torch.from_numpy(triangles / triangles.sum(1, keepdims=True)).float()
-
-
-PITCHES = constant_q()
-
-
 @torch.no_grad()
 def hear(audio) -> Sound:
     """audio (B, S) of at least two seconds -> Sound. Loudness is made the same for all clips."""
@@ -72,7 +63,7 @@ def hear(audio) -> Sound:
     decibels = lambda power: (10 * (power + 1e-6).log10() + 40) / 15  # of about unit variance
     mel = decibels(band_power(audio, MEL)).mT  # (B, 64, T)
     padded = F.pad(audio, (WINDOW // 2, WINDOW // 2))
-    spectrum = torch.fft.rfft(padded.unfold(1, WINDOW, PITCH_HOP) * torch.hann_window(WINDOW))
+    spectrum = torch.fft.rfft(padded.unfold(1, WINDOW, WINDOW // 2) * torch.hann_window(WINDOW))
     pitch = decibels(power(spectrum) @ PITCHES.T / (WINDOW / 4) ** 2).mT  # (B, 180, P)
 
     W = mel.shape[2] // 100  # of 1.16 s
@@ -124,8 +115,8 @@ class Ear(nn.Module):
             nn.Conv1d(12, 32, 9, padding=4), nn.GELU(), nn.Conv1d(32, 32, 9, padding=4), nn.GELU()
         )
         self.tempo = nn.Conv1d(32, 1, 1)
-        names = ("genre", "rhythm", "lead", "mood", "tempo")
-        self.heads = nn.ModuleDict({k: nn.Linear(2 * width + 32, len(FACTORS[k])) for k in names})
+        sizes = {k: len(choices) for k, choices in FACTORS.items() if k != "key"}
+        self.heads = nn.ModuleDict({k: nn.Linear(2 * width + 32, n) for k, n in sizes.items()})
         self.project = nn.Linear(width + len(TEMPI) + 24, D)
 
     def forward(self, sound):
@@ -173,12 +164,9 @@ class Judge(nn.Module):
     def listen(self, clips) -> Heard:
         """clips: an iterable of audio (S,). More than ten seconds are heard in windows of ten, one
         every five; their logits are averaged."""
-        frames, logits = [], []
-        for audio in clips:
-            embedded, named = self.ear(hear(windows(audio, 10, 5)))  # (n, W, D)
-            frames.append(embedded.flatten(0, 1))
-            logits.append({k: v.mean(0) for k, v in named.items()})
-        return Heard(frames, {k: torch.stack([one[k] for one in logits]) for k in FACTORS})
+        heard = [self.ear(hear(windows(audio, 10, 5))) for audio in clips]
+        logits = {k: torch.stack([named[k].mean(0) for _, named in heard]) for k in FACTORS}
+        return Heard([frames.flatten(0, 1) for frames, _ in heard], logits)  # (n W, D)
 
     @torch.inference_mode()
     def tags(self, heard):
@@ -265,7 +253,7 @@ def train(sounds, factors, steps=1500, batch=64, lr=2e-3):
 
     learned = [p for p in judge.parameters() if p.requires_grad]
     minimize(loss, learned, steps, lr, "judge", weight_decay=0.05, max_norm=5.0)
-    return judge.eval().requires_grad_(False)
+    return judge.eval()
 
 
 def minimize(loss, parameters, steps, lr, title, weight_decay=0.01, max_norm=1.0):
