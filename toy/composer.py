@@ -98,7 +98,7 @@ class Piece:
         root += self.tonic
         return root % 12, tuple((root + t) % 12 for t in tones)
 
-    def add_part(self, program: int, level: float, is_drum=False, vibrato=0):
+    def add_part(self, program: int, level: float, is_drum=False):
         """A new part at `level` dB."""
         own = (4 if program == TR808 else 1) if is_drum else LOUDNESS.get(program, 2)
         volume = 100 * 10 ** ((level - own) / 40)  # controller 7 is squared by the synthesiser
@@ -208,8 +208,8 @@ class Piece:
         scale = [(self.tonic + s) % 12 for s in scale]
         motifs = []
         for i in range(2):
-            rhythm = fill_bars(pick(rng, self.genre.line), self.own_bar, bar, 1)
-            rhythm = change_density(rhythm, mood.density, bar, rng)
+            line = fill_bars(pick(rng, self.genre.line), self.own_bar, bar, 1)
+            rhythm = change_density(line, mood.density, bar, rng)
             if i == 0 and not onsets(rhythm[:4]):
                 rhythm = "x" + rhythm[1:]  # the lead plays from the first beat
             moves = rng.choice([-3, -2, -1, -1, 1, 1, 2, 3], size=bar)
