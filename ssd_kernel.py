@@ -38,8 +38,6 @@ jit = triton.jit if triton else lambda kernel: kernel
 
 # Keep the states that enter the chunks for the backward pass? 92 MB per layer at the paper's shape.
 KEEP_STATES = False
-# In which dtype kernels pass states to each other; None: that of x. torch.float32 buys little.
-STATE_DTYPE = None
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -171,7 +169,7 @@ def output_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         ws = load(w + t * N, i, n, N, left, N)  # (OWN_FRAMES, BLOCK_N)
         state = load(states + bch * P * N, p, n, N, P, N)  # (BLOCK_P, BLOCK_N)
-        y = dot(ws.to(state.dtype), tl.trans(state), y)
+        y = dot(ws, tl.trans(state), y)
     y *= decay(a, i, Q, REVERSE)[:, None]
 
     start = tile * OWN_FRAMES if REVERSE else 0
@@ -277,7 +275,7 @@ def dbc_kernel(
             p = p0 + tl.arange(0, BLOCK_P)
             vs = load(v + (t * H + h) * P, i, p, H * P, left, P)  # (OWN_FRAMES, BLOCK_P)
             state = load(states + bch * P * N, p, n, N, P, N)  # (BLOCK_P, BLOCK_N)
-            each = dot(vs.to(state.dtype), state, each)
+            each = dot(vs, state, each)
         each *= weight[:, None]
         total += each
         tl.store(parts + (bch * PARTS + n_tile) * Q + i, tl.sum(each * mine, 1))
@@ -403,7 +401,7 @@ def _prepare(x, dt, A, B, C, good, Q):
     L, N = B.shape[1:]
     on = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
     limits = (on.shared_memory_per_block_optin, on.major) if on else (0, 0)
-    config = configurations(STATE_DTYPE or x.dtype, *x.shape[2:], N, Q, *limits)
+    config = configurations(x.dtype, *x.shape[2:], N, Q, *limits)
     # Frames that are missing get dt = 0, at which the state stays as it is. The sum starts again in
     # every chunk: over the whole sequence it would lose the digits of its small differences. A
     # GPU's exponential is that of base 2, hence a in units of log 2.
@@ -426,7 +424,7 @@ def _states(v, w, dt, a, first, good, config, S=None):
     b, L, H, P = v.shape
     chunks, N = a.shape[1], w.shape[-1]
     tiles = triton.cdiv(N, config["states"]["BLOCK_N"])
-    states = v.new_empty(b, chunks, H, P, N, dtype=STATE_DTYPE or v.dtype)
+    states = v.new_empty(b, chunks, H, P, N, dtype=v.dtype)
     last = v.new_empty(b, H, P, N, dtype=torch.float32)
     GS = v.new_empty(b, chunks, H, tiles, dtype=torch.float32)
     args = v, w, dt, a, first, states, last, S, GS, good, L, chunks
@@ -454,7 +452,7 @@ def ssd_forward(
 def _(x, dt, A, B, C, D, first, good, Q):
     b, L, H, P = x.shape
     last = x.new_empty(b, H, P, B.shape[-1], dtype=torch.float32)
-    states = last.new_empty(b, max(1, -(-L // Q)), *last.shape[1:], dtype=STATE_DTYPE or x.dtype)
+    states = last.new_empty(b, max(1, -(-L // Q)), *last.shape[1:], dtype=x.dtype)
     return torch.empty_like(x), last, states
 
 
@@ -579,11 +577,9 @@ def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     Any L and N, P up to 128. `chunk` changes speed only. It is rounded up to a power of two, at
     least 16. ValueError without Triton, and for other dtypes and larger P.
     """
-    if triton is None:
-        raise ValueError("ssd_kernel needs Triton: pip install triton, or use model.ssd_chunked")
-    if x.dtype not in DTYPES or x.shape[-1] > 128:
-        given = f"{x.dtype} and {x.shape[-1]}: use model.ssd_chunked"
-        raise ValueError(f"ssd_kernel takes bf16, fp16 or fp32 and a headdim to 128, not {given}")
+    if triton is None or x.dtype not in DTYPES or x.shape[-1] > 128:
+        needs = "Triton, a headdim up to 128, and bf16, fp16 or fp32"
+        raise ValueError(f"ssd_kernel needs {needs}: here use model.ssd_chunked")
     D = A.new_zeros(x.shape[2]) if D is None else D
     x, B, C = (v.to(x.dtype).contiguous() for v in (x, B, C))
     dt, A, D = (v.float().contiguous() for v in (dt, A, D))

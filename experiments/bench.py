@@ -138,11 +138,7 @@ def ssd(sizes):
 
 def errors(sizes):
     """Relative errors of the SSD, in norm, against the loop in float64 from the same inputs."""
-    ways = [
-        ("PyTorch", ssd_chunked, None),
-        ("kernels", ssd_kernel.ssd, None),
-        ("kernels, fp32 states", ssd_kernel.ssd, torch.float32),
-    ]
+    ways = [("PyTorch", ssd_chunked), ("kernels", ssd_kernel.ssd)]
     short, long = sizes.lengths
     rows = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -152,11 +148,8 @@ def errors(sizes):
             args = inputs((1, L, *sizes.errors), dtype, decay)
             exact = {name: v.detach().double().requires_grad_() for name, v in args.items()}
             expected = outputs_and_gradients(ssd_recurrent, exact)
-            for name, function, state_dtype in ways if runs else ways[:1]:
-                if state_dtype == dtype:
-                    continue
-                with mock.patch.object(ssd_kernel, "STATE_DTYPE", state_dtype):
-                    found = outputs_and_gradients(function, args, chunk=64)
+            for name, function in ways if runs else ways[:1]:
+                found = outputs_and_gradients(function, args, chunk=64)
                 cells = [(a.double() - b).norm() / b.norm() for a, b in zip(found, expected)]
                 rows.append([str(dtype)[6:], L, decay, name, *(f"{cell:.1e}" for cell in cells)])
     header = ["dtype", "L", "dt times", "", "y", "state", *("d" + name for name in args)]
