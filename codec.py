@@ -35,9 +35,7 @@ class DACCodec(nn.Module):
     """The paper's codec. `model` is dac.DAC or transformers' DacModel, whose parts have the same
     names. Codes equal theirs; `decode` of long audio goes window by window."""
 
-    name = "dac"
-    sample_rate = SAMPLE_RATE
-    hop = HOP
+    name, sample_rate, hop = "dac", SAMPLE_RATE, HOP
     overlap = 32  # frames: the decoder's receptive field is some ten frames to either side
 
     def __init__(self, model):
@@ -47,55 +45,44 @@ class DACCodec(nn.Module):
         self.codebooks = len(self.quantizers)
         self.codebook_size, self.code_dim = self.quantizers[0].codebook.weight.shape
 
-    @torch.no_grad()
     def encode(self, audio):  # (B, S) -> (B, 9, T)
         audio = F.pad(audio, (0, -audio.shape[-1] % HOP))
         residual = self.model.encoder(audio[:, None])  # (B, hidden, T)
         codes = []
         for quantizer in self.quantizers:
-            codes.append(self._nearest(quantizer, quantizer.in_proj(residual)))
-            residual = residual - quantizer.out_proj(self._entry(quantizer, codes[-1]))
+            found, _, _, code, _ = quantizer(residual)
+            residual = residual - found
+            codes.append(code)
         return torch.stack(codes, 1)
 
-    def _entry(self, quantizer, code):  # (B, T) -> (B, 8, T)
-        return F.embedding(code, quantizer.codebook.weight).mT
+    def from_codes(self, codes):  # (B, k, T) -> (B, hidden, T)
+        return self.model.quantizer.from_codes(codes)[0]
 
     def vectors(self, codes):  # (B, k, T) -> (B, k, 8, T)
         pairs = zip(self.quantizers, codes.unbind(1))
-        return torch.stack([self._entry(quantizer, code) for quantizer, code in pairs], 1)
+        return torch.stack([quantizer.codebook(code).mT for quantizer, code in pairs], 1)
 
-    def _nearest(self, quantizer, vector):  # (B, 8, T) -> (B, T); DAC compares directions
-        entries = F.normalize(quantizer.codebook.weight)
-        return (entries @ F.normalize(vector, dim=1)).argmax(1)
-
-    @torch.no_grad()
     def snap(self, vectors, first=0):  # (B, k, 8, T) -> (B, k, T), as the toy codec does it
         linear = lambda layer, v: layer(v) - layer.bias[:, None]  # differences have no bias
         lost = 0  # (B, hidden, T), what the levels so far have rounded away
         codes = []
         for vector, quantizer in zip(vectors.unbind(1), self.quantizers[first:]):
             wanted = vector + linear(quantizer.in_proj, lost) if codes else vector
-            codes.append(self._nearest(quantizer, wanted))
-            error = vector - self._entry(quantizer, codes[-1])
-            lost = lost + linear(quantizer.out_proj, error)
+            entry, code = quantizer.decode_latents(wanted)  # the nearest in direction
+            lost = lost + linear(quantizer.out_proj, vector - entry)
+            codes.append(code)
         return torch.stack(codes, 1)
-
-    @torch.no_grad()
-    def from_codes(self, codes):  # (B, k, T) -> (B, hidden, T)
-        pairs = zip(self.quantizers, self.vectors(codes).unbind(1))
-        return sum(quantizer.out_proj(vectors) for quantizer, vectors in pairs)
 
     def decode(self, z):  # (B, hidden, T) -> (B, 512 T)
         return torch.cat(list(overlapped(self, [z], lambda z: z)), -1)
 
-    @torch.no_grad()
     def decode_window(self, z, before=None):  # needs no `before`: the overlap holds the context
         return self.model.decoder(z)[:, 0]
 
 
-def load_codec(name="toy", folder=None):
-    """The codec "toy", which ships, or "dac", downloaded or from a `folder` with Hugging Face's
-    copy. ValueError, one sentence, if it cannot be had."""
+def load_codec(name="toy"):
+    """The codec "toy", which ships, or "dac", whose weights are downloaded once. ValueError, one
+    sentence, if it cannot be had."""
     if name == "toy":
         from toy import codec
 
@@ -103,19 +90,15 @@ def load_codec(name="toy", folder=None):
     if name != "dac":
         raise ValueError(f"unknown codec {name!r}: choose toy or dac")
     try:
-        if folder is None:
-            import dac  # descript-audio-codec; with a broken torchaudio this is not an ImportError
+        import dac  # descript-audio-codec; with a broken torchaudio this is not an ImportError
 
-            return DACCodec(dac.DAC.load(str(dac.utils.download("44khz"))))
+        return DACCodec(dac.DAC.load(str(dac.utils.download("44khz"))))
     except (ImportError, OSError, RuntimeError):
-        pass  # the same weights through transformers
-    from transformers import DacModel
-
-    folder = folder or "descript/dac_44khz"
+        from transformers import DacModel  # the same weights
     try:
-        return DACCodec(DacModel.from_pretrained(folder))
+        return DACCodec(DacModel.from_pretrained("descript/dac_44khz"))
     except OSError:
         raise ValueError(
-            f"no DAC weights in {folder}: download config.json and model.safetensors of"
-            " huggingface.co/descript/dac_44khz and give their folder as `folder`"
+            "DAC's weights could not be downloaded: where there is a network, run `hf download "
+            "descript/dac_44khz`, and bring ~/.cache/huggingface here"
         ) from None

@@ -1,6 +1,7 @@
 """What codec.py promises, on synthetic chords and a random DAC: no download, no fluidsynth."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -302,11 +303,17 @@ def test_a_damaged_or_missing_codec_is_one_sentence(toy, tmp_path):
         load(tmp_path / "small")
 
 
-def test_unknown_codec_names_the_choices(tmp_path):
+def test_an_unknown_codec_names_the_choices_and_one_out_of_reach_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match="toy or dac"):
         load_codec("mp3")
-    with pytest.raises(ValueError, match="download"):
-        load_codec("dac", tmp_path)
+
+    def no_network(name):
+        raise OSError(f"cannot reach the hub for {name}")
+
+    monkeypatch.setitem(sys.modules, "dac", None)
+    monkeypatch.setattr("transformers.DacModel.from_pretrained", no_network)
+    with pytest.raises(ValueError, match="hf download descript/dac_44khz"):
+        load_codec("dac")
 
 
 @pytest.mark.parametrize(
