@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from tokenizers import Tokenizer
 from torch import nn
 
 TYPICAL_LENGTH = 64  # tokens of a caption, to size batches and memory by
@@ -21,34 +22,27 @@ TYPICAL_LENGTH = 64  # tokens of a caption, to size batches and memory by
 class T5(nn.Module):
     """T5's encoder. ids (B,S), mask (B,S), True at real tokens -> hidden (B,S,d_model)."""
 
-    BUCKETS, FAR = 32, 128  # of distances between tokens; all from FAR on share one
+    EDGES = 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91  # between buckets of distances
 
     def __init__(self, vocab_size, d_model, num_layers, num_heads, d_kv, d_ff):
         super().__init__()
         self.d_model, self.layers, self.heads = d_model, num_layers, num_heads
         linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
+        norm = lambda: nn.RMSNorm(d_model, 1e-6)
         inner = num_heads * d_kv
         blocks = []
         for i in range(num_layers):
-            attention = {name: linear(d_model, inner) for name in "qkv"} | {
-                "o": linear(inner, d_model)
-            }
+            attention = nn.ModuleDict({name: linear(d_model, inner) for name in "qkv"})
+            attention["o"] = linear(inner, d_model)
             if i == 0:
-                attention["relative_attention_bias"] = nn.Embedding(self.BUCKETS, num_heads)
-            gated = dict(
-                wi_0=linear(d_model, d_ff), wi_1=linear(d_model, d_ff), wo=linear(d_ff, d_model)
-            )
-            layer = [
-                {
-                    "SelfAttention": nn.ModuleDict(attention),
-                    "layer_norm": nn.RMSNorm(d_model, 1e-6),
-                },
-                {"DenseReluDense": nn.ModuleDict(gated), "layer_norm": nn.RMSNorm(d_model, 1e-6)},
-            ]
-            blocks.append(nn.ModuleDict({"layer": nn.ModuleList(map(nn.ModuleDict, layer))}))
+                attention["relative_attention_bias"] = nn.Embedding(32, num_heads)
+            gated = nn.ModuleDict(dict(wi_0=linear(d_model, d_ff), wi_1=linear(d_model, d_ff)))
+            gated["wo"] = linear(d_ff, d_model)
+            first = nn.ModuleDict({"SelfAttention": attention, "layer_norm": norm()})
+            second = nn.ModuleDict({"DenseReluDense": gated, "layer_norm": norm()})
+            blocks.append(nn.ModuleDict({"layer": nn.ModuleList([first, second])}))
         self.shared = nn.Embedding(vocab_size, d_model)
-        parts = dict(block=nn.ModuleList(blocks), final_layer_norm=nn.RMSNorm(d_model, 1e-6))
-        self.encoder = nn.ModuleDict(parts)
+        self.encoder = nn.ModuleDict(dict(block=nn.ModuleList(blocks), final_layer_norm=norm()))
         self.dropout = nn.Dropout(0.1)
         for name, module in self.named_modules():  # T5 has no 1 / sqrt(d_kv): it is in q's weights
             if isinstance(module, nn.Linear):
@@ -60,13 +54,12 @@ class T5(nn.Module):
         h = self.dropout(self.shared(ids))
         first = self.encoder["block"][0]["layer"][0]["SelfAttention"]
         bias = first["relative_attention_bias"](self.buckets(ids.shape[1], ids.device))  # (S, S, H)
-        bias = rearrange(bias, "i j h -> h i j").masked_fill(~mask[:, None, None].bool(), -1e9)
+        bias = rearrange(bias, "i j h -> h i j").masked_fill(~mask[:, None, None], -1e9)
         for block in self.encoder["block"]:
             attention, gated = block["layer"]
             layer, x = attention["SelfAttention"], attention["layer_norm"](h)
-            q, k, v = (
-                rearrange(layer[name](x), "b s (h d) -> b h s d", h=self.heads) for name in "qkv"
-            )
+            heads = lambda v: rearrange(v, "b s (h d) -> b h s d", h=self.heads)
+            q, k, v = (heads(layer[name](x)) for name in "qkv")
             y = F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
             h = h + self.dropout(layer["o"](rearrange(y, "b h s d -> b s (h d)")))
             layer, x = gated["DenseReluDense"], gated["layer_norm"](h)
@@ -75,16 +68,11 @@ class T5(nn.Module):
         return self.dropout(self.encoder["final_layer_norm"](h))
 
     def buckets(self, S, device):
-        """(S, S): the bucket of the distance from token i to token j. In each direction eight near
-        distances have one each; the others share eight, whose widths grow with the distance."""
+        """(S, S): the bucket of the distance from token i to token j, 16 in each direction."""
         place = torch.arange(S, device=device)
-        distance = place[None] - place[:, None]
-        side = self.BUCKETS // 2
-        near = side // 2
-        far = (distance.abs().clamp(min=1) / near).log() / math.log(self.FAR / near)
-        far = (near + (far * (side - near)).long()).clamp(max=side - 1)
-        within = torch.where(distance.abs() < near, distance.abs(), far)
-        return within + side * (distance > 0)
+        distance = place - place[:, None]
+        edges = torch.tensor(self.EDGES, device=device)
+        return torch.bucketize(distance.abs(), edges, right=True) + 16 * (distance > 0)
 
 
 class TextEncoder(nn.Module):
@@ -98,30 +86,24 @@ class TextEncoder(nn.Module):
     Captions beyond `max_tokens` are cut, which `cut` counts.
     """
 
-    TEMPO = re.compile(
-        r"(?<![\d.])(\d{2,3}(?:\.\d+)?) ?(?:bpm|beats (?:per|a) minute)", re.IGNORECASE
-    )
+    TEMPO = re.compile(r"(?<![\d.])(\d{2,3}(?:\.\d+)?) ?(?:bpm|beats (?:per|a) minute)", re.I)
 
     def __init__(self, tokenizer_json, encoder, name, max_tokens):
-        from tokenizers import Tokenizer
-
         super().__init__()
         self.tokenizer_json = tokenizer_json
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.tokenizer.enable_truncation(max_tokens)
-        self.encoder = encoder
-        self.name = name
-        self.max_tokens = max_tokens
+        self.encoder, self.d_text = encoder, encoder.d_model
+        self.name, self.max_tokens = name, max_tokens
         self.cut = 0
         self.fill = 0  # captions are filled up to this many tokens, all of them read (authors' own)
 
     @classmethod
     def small(cls, tokenizer_json: str, d_model=128, layers=2, max_tokens=128):
         """A new T5 with `layers` blocks; tokenizer_json: the text of a tokenizer.json."""
-        encoder = cls(tokenizer_json, None, "small", max_tokens)
-        vocab_size = encoder.tokenizer.get_vocab_size()
-        encoder.encoder = T5(vocab_size, d_model, layers, d_model // 32, 32, 2 * d_model)
-        return encoder
+        vocab_size = Tokenizer.from_str(tokenizer_json).get_vocab_size()
+        encoder = T5(vocab_size, d_model, layers, d_model // 32, 32, 2 * d_model)
+        return cls(tokenizer_json, encoder, "small", max_tokens)
 
     @classmethod
     def pretrained(cls, name="google/flan-t5-base", max_tokens=256):
@@ -149,10 +131,6 @@ class TextEncoder(nn.Module):
         return cls(tokenizer_json, encoder.requires_grad_(False).eval(), name, max_tokens)
 
     @property
-    def d_text(self):
-        return self.encoder.d_model
-
-    @property
     def trained(self):
         """Whether it is trained with the language model."""
         return any(p.requires_grad for p in self.parameters())
@@ -167,17 +145,16 @@ class TextEncoder(nn.Module):
             pad_to_multiple_of=min(multiple, self.max_tokens),
         )
         batch = self.tokenizer.encode_batch(captions)
-        device = self.encoder.shared.weight.device
-        ids = torch.tensor([one.ids for one in batch], device=device)
-        mask = torch.tensor([one.attention_mask for one in batch], device=device)
-        tempo = torch.tensor([*map(self._tempo, captions, batch)], device=device)
-        if (missing := self.fill - ids.shape[1]) > 0:
-            ids = F.pad(ids, (0, missing), value=self.tokenizer.token_to_id("</s>"))
-            mask = F.pad(mask, (0, missing))
+        tensor = functools.partial(torch.tensor, device=self.encoder.shared.weight.device)
+        ids = tensor([one.ids for one in batch])
+        mask = tensor([one.attention_mask for one in batch]).bool()
+        tempo = tensor([*map(self._tempo, captions, batch)])
+        missing = max(0, self.fill - ids.shape[1])
+        ids = F.pad(ids, (0, missing), value=self.tokenizer.token_to_id("</s>"))
+        mask = F.pad(mask, (0, missing))
         text = self.encoder(ids, mask)
-        if self.fill:  # T5 sees the caption alone, the language model all that was filled in
-            mask = torch.ones_like(mask)
-        return text, mask.bool(), tempo
+        # T5 sees the caption alone, the language model all that was filled in.
+        return text, torch.ones_like(mask) if self.fill else mask, tempo
 
     def _tempo(self, caption, encoding):
         """The bpm within the part of the caption that is kept."""

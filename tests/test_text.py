@@ -34,7 +34,7 @@ def test_t5_is_transformers(length):
     expected = model(input_ids=ids, attention_mask=mask)[0]
     # transformers' softmax is in fp32
     torch.testing.assert_close(
-        ours(ids, mask)[mask.bool()], expected[mask.bool()], atol=3e-6, rtol=0
+        ours(ids, mask.bool())[mask.bool()], expected[mask.bool()], atol=3e-6, rtol=0
     )
 
 
