@@ -90,11 +90,10 @@ def denoise(predict, x, schedule, steps, generator=None, known=None, limit=math.
     draw = lambda like: torch.randn(like.shape, generator=generator).to(like)
     stops = torch.linspace(T, 0, steps + 1).round().long().tolist()
     a, b = schedule.sqrt().tolist(), (1 - schedule).sqrt().tolist()
-    k = 0 if known is None else known.shape[2]
-    fixed = draw(x[..., :k])
+    known = x[..., :0] if known is None else known
+    fixed = draw(known)
     for t, s in zip(stops, stops[1:]):
-        if k:
-            x = torch.cat([a[t] * known + b[t] * fixed, x[..., k:]], 2)
+        x = torch.cat([a[t] * known + b[t] * fixed, x[..., known.shape[2] :]], 2)
         x0, _ = turn_back(x, predict(x, t), a[t], b[t])
         x0 = x0.clamp(-limit, limit)
         e = (x - a[t] * x0) / b[t]
@@ -169,17 +168,13 @@ class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.mixer, self.ff = MIXERS[config.backbone](config), FeedForward(config)
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(config.d_model, elementwise_affine=False) for _ in range(2)
-        )
         self.table = nn.Parameter(torch.randn(6, config.d_model) / config.d_model**0.5)
 
     def forward(self, h, modulation):  # (B, L, D), (B, 6, D)
-        vectors = (self.table + modulation)[:, :, None].unbind(1)  # six of (B, 1, D)
-        for mix, norm, (scale, shift, gate) in zip(
-            (self.mixer, self.ff.step), self.norms, (vectors[:3], vectors[3:])
-        ):
-            h = h + gate * mix(norm(h) * (1 + scale) + shift)
+        vectors = (self.table + modulation)[:, :, None].unflatten(1, (2, 3))  # (B, 2, 3, 1, D)
+        for mix, three in zip((self.mixer, self.ff.step), vectors.unbind(1)):
+            scale, shift, gate = three.unbind(1)
+            h = h + gate * mix(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)
         return h
 
 
@@ -211,16 +206,9 @@ class RefinerConfig:
 
     def __post_init__(self):
         check_shape(self)
+        self.variant, self.blocks = "refiner", self.layers  # no fields, but an LMConfig has them
         if self.d_conv % 2 == 0:
             raise ValueError(f"d_conv must be odd, to have a middle, not {self.d_conv}")
-
-    @property
-    def variant(self):
-        return "refiner"
-
-    @property
-    def blocks(self):
-        return self.layers
 
 
 class Refiner(nn.Module):
@@ -326,8 +314,7 @@ KNOWN, AHEAD = 1 / 8, 1 / 16
 
 @torch.inference_mode()
 def refine(
-    refiner, encoder, codec, prompt, pieces, seed, *,
-    heard=None, steps=25, guidance=2.0, sketch_guidance=2.0,
+    refiner, encoder, codec, prompt, pieces, seed, *, heard=None, **options
 ) -> Iterator[Tensor]:  # fmt: skip
     """Pieces (1, l) of codebook 1, cut anywhere -> pieces (K, l) of all codebooks, whose first row
     is what was given. As many frames come out as went in.
@@ -335,33 +322,25 @@ def refine(
     Music is refined in windows as long as the clips of training, in constant memory. The first
     frames of a window are the last of the window before: they are held fixed at every step and the
     others continue them, as in inpainting. In the same way all of it continues `heard` (K, T),
-    which is not yielded.
-
-    steps: see `denoise`; guidance: see `guided`. The same arguments give the same codes.
+    which is not yielded. options: see `paint`. The same arguments give the same codes.
     """
     window = refiner.config.window
-    known = int(KNOWN * window)
-    ahead = int(AHEAD * window)
+    known, ahead = int(KNOWN * window), int(AHEAD * window)
     text = encoder.pooled([prompt, ""])
-    options = dict(steps=steps, guidance=guidance, sketch_guidance=sketch_guidance)
     if heard is None:
         heard = torch.empty(refiner.config.codebooks, 0, dtype=torch.long)
     coarse = heard[:1, -known:]  # codebook 1 of the frames in the window
     fine = heard[1:, -known:]  # the other codebooks of those that are finished
-    windows = 0
     for piece in pieces:
         coarse = torch.cat([coarse, piece], 1)
         while coarse.shape[1] > window:
-            noise = torch.Generator().manual_seed(seed + (windows << 32))
-            made = paint(refiner, codec, text, coarse[:, :window], fine, noise, **options)
-            windows += 1
+            made = paint(refiner, codec, text, coarse[:, :window], fine, seed, **options)
             end = window - ahead  # what follows is painted again, with more of its future
             yield torch.cat([coarse[:1, :end], made[:, :end]])[:, fine.shape[1] :]
-            coarse = coarse[:, end - known :]
-            fine = made[:, end - known : end]
+            coarse, fine = coarse[:, end - known :], made[:, end - known : end]
+            seed += 1 << 32
     if coarse.shape[1] > fine.shape[1]:
-        noise = torch.Generator().manual_seed(seed + (windows << 32))
-        made = paint(refiner, codec, text, coarse, fine, noise, **options)
+        made = paint(refiner, codec, text, coarse, fine, seed, **options)
         yield torch.cat([coarse, made])[:, fine.shape[1] :]
 
 
@@ -383,11 +362,13 @@ def guided(refiner, x, t, sketch, text, empty, guidance, sketch_guidance):
     return u + sketch_guidance * (s - u) + guidance * (c - s)
 
 
-def paint(refiner, codec, text, coarse, fine, generator, steps, guidance, sketch_guidance):
+def paint(
+    refiner, codec, text, coarse, fine, seed, steps=25, guidance=2.0, sketch_guidance=2.0
+):  # fmt: skip
     """One window: codebook 1 (1, L) and the finished frames of the others (K - 1, l), l <= L
     -> codebooks 2 ... K (K - 1, L).
 
-    text (2, d_text): the prompt's and the empty one.
+    text (2, d_text): the prompt's and the empty one; steps: see `denoise`; guidance: see `guided`.
     """
     device = refiner.out.weight.device
     finished = torch.cat([coarse[:, : fine.shape[1]], fine])[None].to(device)
@@ -398,6 +379,7 @@ def paint(refiner, codec, text, coarse, fine, generator, steps, guidance, sketch
         t = torch.full((1,), t, device=device)
         return guided(refiner, x, t, sketch, *text.split(1), guidance, sketch_guidance)
 
+    generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, len(refiner.limit), coarse.shape[1], generator=generator).to(device)
     x0 = denoise(predict, noise, refiner.schedule, steps, generator, known, refiner.limit)
     return torch.cat([fine, refiner.snap(codec, x0)[0, :, fine.shape[1] :].cpu()], 1)
@@ -421,8 +403,8 @@ def teacher(folder):
     options = read_config(folder).get("sampling") or {}
     factors = [options.get(name, 2.0) for name in ("guidance", "sketch_guidance")]
 
+    @torch.no_grad()
     def predict(x, *rest):
-        with torch.no_grad():
-            return guided(refiner.to(x.device), x, *rest, *factors)
+        return guided(refiner.to(x.device), x, *rest, *factors)
 
     return predict
