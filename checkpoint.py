@@ -7,17 +7,20 @@
     README.md             for whoever finds it: the data, their licences, the loss
 
 or its name on the Hugging Face hub, USER/MODEL, or the .ckpt file of the paper's authors
-(paper/authors.py). Each file is written under another name
-and then renamed, so a killed run leaves the checkpoint before it intact.
+(paper/authors.py). Each file is written under another name and then renamed, so a killed run
+leaves the checkpoint before it intact.
 """
 
 import functools
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from audio import replacing, write_text
 from model import LMConfig, MusicLM
@@ -33,12 +36,12 @@ def save_checkpoint(folder, model, encoder, extra=None, dtype=None, weights=None
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = {"name": encoder.name, "stored": encoder.trained or encoder.name == "small"}
-    if encoder.fill:
-        text["fill"] = encoder.fill
-    if encoder.name == "small":
-        t5 = encoder.encoder
-        text |= dict(d_model=t5.d_model, layers=t5.layers, max_tokens=encoder.max_tokens)
+    small = encoder.name == "small"
+    text = dict(
+        name=encoder.name, stored=encoder.trained or small, fill=encoder.fill,
+        d_model=encoder.d_text, layers=encoder.encoder.layers, max_tokens=encoder.max_tokens,
+    )  # fmt: skip
+    if small:
         write_text(folder / "tokenizer.json", encoder.tokenizer_json)
     tensors = {f"lm.{k}": v for k, v in (weights or model.state_dict()).items()}
     if text["stored"]:
@@ -50,9 +53,6 @@ def save_checkpoint(folder, model, encoder, extra=None, dtype=None, weights=None
 
 def write_tensors(file, tensors, metadata=None, dtype=None):
     """{name: tensor} -> a safetensors file, which appears when complete. OSError if it cannot."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in tensors.items()}
     try:
         with replacing(Path(file)) as part:
@@ -63,40 +63,30 @@ def write_tensors(file, tensors, metadata=None, dtype=None):
 
 def read_config(folder) -> dict:
     """A checkpoint's config.json. ValueError, one sentence, if there is none or it is broken."""
-    if is_authors(folder):
-        from paper.authors import read_authors
-
-        return read_authors(folder)[0]
+    if theirs := of_authors(folder):
+        return theirs[0]
     file = local(folder) / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"no checkpoint at {folder}: expected a folder with config.json, as train.py makes, "
-            "or the .ckpt file of the paper's authors"
-        )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} is broken: not valid JSON ({error})") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise ValueError(f"{file} does not describe a model of this program")
-    return config
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except OSError:
+        raise ValueError(
+            f"no checkpoint at {folder}: neither a folder with config.json, as train.py makes, nor "
+            "a .ckpt file of the paper's authors, nor a model that huggingface.co would give"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is broken: not a JSON object ({error})") from None
 
 
 @functools.lru_cache(None)
 def local(name) -> Path:
-    """A path as it is. USER/MODEL, where there is no such path, is downloaded from the hub, once.
-    ValueError, one sentence, if it cannot be had."""
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
-        return Path(name)
-    from huggingface_hub import snapshot_download
+    """A path as it is. USER/MODEL, if there is no such path, is downloaded from the hub, once."""
+    if not Path(name).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "model.safetensors"]))
-    except Exception as error:  # the hub's client raises many kinds; all mean the same here
-        raise ValueError(
-            f"no checkpoint at {name}: neither a folder, as train.py makes, nor a model that "
-            f"could be downloaded from huggingface.co ({type(error).__name__})"
-        ) from None
+        files = ["*.json", "model.safetensors"]
+        with suppress(Exception):  # its client raises many kinds; `read_config` says what to do
+            return Path(snapshot_download(str(name), allow_patterns=files))
+    return Path(name)
 
 
 def load_checkpoint(folder) -> MusicLM:
@@ -110,7 +100,7 @@ def read_model_config(folder, kind):
     """A checkpoint's LMConfig or RefinerConfig. ValueError, one sentence, if it is of another."""
     try:
         return kind(**read_config(folder)["model"])
-    except TypeError as error:  # another name, or a value of another type
+    except (KeyError, TypeError) as error:  # another name, or a value of another type
         what = "language model" if kind is LMConfig else "refiner"
         raise ValueError(f"{folder} holds no {what} of this program ({error})") from None
 
@@ -120,10 +110,10 @@ def load_text_encoder(folder) -> TextEncoder:
     folder, config = local(folder), read_config(folder).get("text")
     try:
         if config["name"] == "small":
-            shape = {k: config[k] for k in ("d_model", "layers", "max_tokens")}
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
             json.loads(tokenizer)  # a ValueError if it is cut short
-            encoder = TextEncoder.small(tokenizer, **shape)
+            shape = (config[key] for key in ("d_model", "layers", "max_tokens"))
+            encoder = TextEncoder.small(tokenizer, *shape)
         else:
             encoder = TextEncoder.pretrained(config["name"])
         encoder.fill = config.get("fill", 0)
@@ -151,13 +141,8 @@ def load_weights(module, file, prefix=""):
 def read_tensors(file) -> dict:
     """The tensors of a file, or of a checkpoint. ValueError, one sentence, if they are missing or
     broken."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if is_authors(file):
-        from paper.authors import read_authors
-
-        return read_authors(file)[1]
+    if theirs := of_authors(file):
+        return theirs[1]
     file = local(file)
     if file.is_dir():
         file = file / "model.safetensors"
@@ -168,9 +153,13 @@ def read_tensors(file) -> dict:
         raise ValueError(f"{file} {reason}") from None
 
 
-def is_authors(path) -> bool:
-    """Whether a checkpoint is a file of the paper's authors, by its name."""
-    return Path(path).suffix in (".ckpt", ".pt", ".pth") and Path(path).is_file()
+def of_authors(path):
+    """The config and the tensors in a file of the paper's authors. None for any other path."""
+    if Path(path).suffix not in (".ckpt", ".pt", ".pth") or not Path(path).is_file():
+        return None
+    from paper.authors import read_authors
+
+    return read_authors(path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -192,26 +181,26 @@ def save_trainer(folder, parameters, optimizer, averaged, about, processes):
     if averaged:
         tensors |= {f"kept.{k}": v for k, v in averaged.module.state_dict().items()}
     if processes.rank == 0:
-        about = {"about": json.dumps(about)}
-        write_tensors(Path(folder) / "trainer.safetensors", tensors, about)
+        file = Path(folder) / "trainer.safetensors"
+        write_tensors(file, tensors, {"about": json.dumps(about)})
 
 
 @torch.no_grad()
 def load_trainer(folder, parameters, optimizer, averaged, processes) -> dict:
     """Fills what `save_trainer` was given -> its `about`. ValueError if the file does not fit."""
-    from safetensors import safe_open
-
     file = Path(folder) / "trainer.safetensors"
     tensors = read_tensors(file)
     try:
         with safe_open(file, "pt") as opened:
             about = json.loads(opened.metadata()["about"])
+        share = lambda name, p: processes.share_of(tensors[name].to(p.device), p)
         for name, p in parameters.items():
-            p.copy_(processes.share_of(tensors[f"trained.{name}"].to(p.device), p))
-            for key in ("exp_avg", "exp_avg_sq"):
-                if (v := tensors.get(f"{key}.{name}")) is not None:
-                    optimizer.state[p][key] = processes.share_of(v.to(p.device), p)
-                    optimizer.state[p]["step"] = tensors[f"step.{name}"]
+            p.copy_(share(f"trained.{name}", p))
+            if f"step.{name}" in tensors:  # not before the first step
+                state = optimizer.state[p]
+                state["step"] = tensors[f"step.{name}"].to(p.device)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = share(f"{key}.{name}", p)
         if averaged:
             kept = averaged.module
             kept.load_state_dict({k: tensors[f"kept.{k}"] for k in kept.state_dict()})

@@ -434,7 +434,7 @@ class LMConfig:
 
 
 def check_shape(config):
-    """ValueError, in one sentence, if fields of an LMConfig or a RefinerConfig cannot be."""
+    """ValueError, in one sentence, if sizes of an LMConfig or a RefinerConfig do not fit."""
     check(config)
     D, heads, inner = config.d_model, config.attention_heads, config.expand * config.d_model
     if D % 4:

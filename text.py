@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -111,7 +112,6 @@ class TextEncoder(nn.Module):
         once, or a folder with config.json, model.safetensors and tokenizer.json. ValueError if it
         cannot be had, or is another kind of model."""
         from huggingface_hub import hf_hub_download
-        from safetensors.torch import load_file
 
         get = functools.partial(hf_hub_download, name)
         if Path(name).is_dir():

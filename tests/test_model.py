@@ -326,7 +326,10 @@ def test_broken_checkpoints_get_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="another shape"):
         checkpoint.load_checkpoint(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="not a JSON object"):
+        checkpoint.load_checkpoint(folder)
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match="holds no language model"):
         checkpoint.load_checkpoint(folder)
 
 
