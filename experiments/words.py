@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import sample
 from audio import FRAME_RATE
-from evaluate import RESULTS, Task, judged, mean, report
+from evaluate import RESULTS, Task, judged, mean, report, stages
 from options import check_value, entry, new_parser
 from toy import questions
 from toy.judge import load_judge
@@ -36,7 +36,7 @@ def measure(models, seconds, count):
     """Checkpoints, {name: folder} -> a table and {name: distance at each frame (T,)}"""
     judge, table, curves = load_judge(), {}, {}
     for name, folder in models.items():
-        system = sample.System(folder)
+        system = sample.System(*stages(folder))
         asked = questions.ask(system.codec, count, ["sentence"])
         task = Task(seconds=10.0, codec=system.codec, **asked)
         prompts = task.prompts["sentence"]
