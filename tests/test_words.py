@@ -11,8 +11,8 @@ from experiments import words
 @pytest.fixture
 def forgetful(monkeypatch):
     class Forgetful(sample.System):
-        def __init__(self, folder):
-            super().__init__(folder)
+        def __init__(self, folder, refiner=""):
+            super().__init__(folder, refiner)
             self.lm.config.trained_frames = 60
 
     monkeypatch.setattr(sample, "System", Forgetful)
