@@ -142,15 +142,15 @@ def states_kernel(
 # over the frames (j) that i sees (REVERSE: that see i). The decays are computed in registers: the
 # matrix (H,Q,Q) of decayed scores, which PyTorch writes to memory, does not exist. Reads the
 # states, v, w and C . B^T. Writes y or dx; REVERSE also the part of dt's gradient that does not
-# come through decays, x . dx / dt, and D's gradient, x . dy. START_IS_ZERO: the state that enters
-# the first chunk (REVERSE: the last) is zero and is not read.
+# come through decays, x . dx / dt, and D's gradient, x . dy. Without `first`, the state that enters
+# the first chunk (REVERSE: the last) is zero, and is not read.
 
 
 @jit
 def output_kernel(
-    v, w, dt, a, CB, states, D, out, x, ddt, dD, good, L, chunks,
+    v, w, dt, a, CB, first, states, D, out, x, ddt, dD, good, L, chunks,
     H: constexpr, P: constexpr, N: constexpr, Q: constexpr, BLOCK_P: constexpr, BLOCK_N: constexpr,
-    OWN_FRAMES: constexpr, LOOP_FRAMES: constexpr, START_IS_ZERO: constexpr, REVERSE: constexpr,
+    OWN_FRAMES: constexpr, LOOP_FRAMES: constexpr, REVERSE: constexpr,
 ):  # fmt: skip
     tile, h, bc = place()
     c = bc % chunks
@@ -165,7 +165,7 @@ def output_kernel(
 
     y = tl.zeros((OWN_FRAMES, BLOCK_P), tl.float32)
     at_start = c == chunks - 1 if REVERSE else c == 0
-    for n0 in range(0, tl.where(at_start & START_IS_ZERO, 0, N), BLOCK_N):
+    for n0 in range(0, tl.where(at_start & (first is None), 0, N), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         ws = load(w + t * N, i, n, N, left, N)  # (OWN_FRAMES, BLOCK_N)
         state = load(states + bch * P * N, p, n, N, P, N)  # (BLOCK_P, BLOCK_N)
@@ -442,9 +442,9 @@ def ssd_forward(
     b, chunks, H, Q = a.shape
     states, last, _ = _states(x, B, dt, a, first, good, config)
     y = torch.empty_like(x)
-    constants = config["output"] | dict(START_IS_ZERO=first is None, REVERSE=False)
-    args = x, C, dt, a, CB, states, D, y, None, None, None, good, x.shape[1], chunks
-    _launch(output_kernel, (Q // constants["OWN_FRAMES"], H, b * chunks), *args, **constants)
+    args = x, C, dt, a, CB, first, states, D, y, None, None, None, good, x.shape[1], chunks
+    grid = Q // config["output"]["OWN_FRAMES"], H, b * chunks
+    _launch(output_kernel, grid, *args, **config["output"], REVERSE=False)
     return y, last, states
 
 
@@ -467,9 +467,9 @@ def ssd_backward(
     S = _states(x, B, dt, a, first, good, config)[0] if S is None else S
     G, dfirst, GS = _states(dy, C, dt, a, dlast, good, config, S)
     dx, dB, dC, dCB, direct, dD = map(torch.empty_like, (x, B, C, CB, dt, dt))
-    constants = config["output"] | dict(START_IS_ZERO=dlast is None, REVERSE=True)
-    args = dy, B, dt, a, CB, G, D, dx, x, direct, dD, good, L, chunks
-    _launch(output_kernel, (Q // constants["OWN_FRAMES"], H, b * chunks), *args, **constants)
+    args = dy, B, dt, a, CB, dlast, G, D, dx, x, direct, dD, good, L, chunks
+    grid = Q // config["output"]["OWN_FRAMES"], H, b * chunks
+    _launch(output_kernel, grid, *args, **config["output"], REVERSE=True)
     parts = dt.new_empty(b, chunks, H, config["dbc"]["PARTS"], Q)  # of da: pairs, dC, dB
     tiles = Q // config["dcb"]["OWN_FRAMES"]
     args = dy, x, dt, a, CB, dCB, parts, good, L, chunks

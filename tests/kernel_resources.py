@@ -40,9 +40,8 @@ def kernels(dtype, P, N, arch):
     for kernel, constants in [
         (k.states_kernel, c["states"] | dict(REVERSE=False) | nothing("first S")),
         (k.states_kernel, c["states"] | dict(REVERSE=True)),
-        (k.output_kernel, c["output"] | dict(START_IS_ZERO=True, REVERSE=False)
-         | nothing("x ddt dD")),
-        (k.output_kernel, c["output"] | dict(START_IS_ZERO=False, REVERSE=True)),
+        (k.output_kernel, c["output"] | dict(REVERSE=False) | nothing("first x ddt dD")),
+        (k.output_kernel, c["output"] | dict(REVERSE=True)),
         (k.dcb_kernel, c["dcb"]),
         (k.dbc_kernel, c["dbc"] | dict(REVERSE=False)),
         (k.dbc_kernel, c["dbc"] | dict(REVERSE=True)),
