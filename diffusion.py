@@ -259,10 +259,9 @@ class Refiner(nn.Module):
         self.limit.copy_((self.scale * entries)[1:].abs().amax(2, keepdim=True).flatten(0, 1))
 
     def signal(self, codec, codes):
-        """codes (B, k, L), k = 1 or K -> x_0 (B, C, L), or None if k = 1, and coarse (B, 8, L)"""
+        """codes (B, k, L) -> x_0 (B, 8 (k - 1), L) and coarse (B, 8, L)"""
         vectors = codec.vectors(codes) * self.scale[: codes.shape[1]]  # (B, k, 8, L)
-        fine = vectors[:, 1:].flatten(1, 2) if codes.shape[1] > 1 else None
-        return fine, vectors[:, 0]
+        return vectors[:, 1:].flatten(1, 2), vectors[:, 0]
 
     def snap(self, codec, x0):
         """x_0 (B, C, L) -> codes 2 ... K, (B, K - 1, L): near entries, see codec.py"""
