@@ -11,52 +11,23 @@ the paper does.
 
 OpenL3 gets mono. stable-audio-metrics embeds mono twice, as left and right, which doubles the FD
 exactly; the paper does not say what it did. The weights (18 MB, 340 MB, 2.3 GB) are downloaded to
-torch's cache, unless you put a file there yourself. S samples, n windows, W frames.
+the caches of torch and of the hub. S samples, n windows, W frames.
 """
 
 import contextlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import soxr
 import torch
 import torch.nn.functional as F
-from scipy.signal import resample_poly
+from huggingface_hub import hf_hub_download
 
 from audio import SAMPLE_RATE
 from paper.captions import explained
 from toy.judge import windows
 
-OPENL3 = "https://github.com/torchopenl3/torchopenl3-models/raw/master/torchopenl3_mel256_music_512.pth.tar"  # fmt: skip  # noqa: E501
-PASST = "https://github.com/kkoutini/PaSST/releases/download/v0.0.1-audioset/passt-s-f128-p16-s10-ap.476-swa.pt"  # fmt: skip  # noqa: E501
-CLAP = "https://huggingface.co/lukewys/laion_clap/resolve/main/"
-CLAP_NAME = "music_audioset_epoch_15_esc_90.14.pt"
-
-
-def weights(url) -> Path:
-    """The file of an address, downloaded to torch's cache if it is not there."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with explained(f"download {url} and put it at {path}"):
-            torch.hub.download_url_to_file(url, str(path))  # a complete file, or none
-    return path
-
-
-def resample(audio, rate):
-    """(S,) at 44.1 kHz -> (S',) float32"""
-    audio = resample_poly(np.asarray(audio, np.float64), rate, SAMPLE_RATE)
-    return torch.from_numpy(audio).float()
-
-
-def peak_normalised(audio):
-    """Scales the largest sample to -1 dB, as OpenL3's figures are made. Silence stays silence."""
-    return audio * (10 ** (-1 / 20) / audio.abs().max().clamp(min=1e-8))
-
-
-def ten_seconds(audio, rate, every):
-    """(S,) -> windows (n, 10 s); a short clip is padded with silence"""
-    return windows(F.pad(audio, (0, max(0, 10 * rate - len(audio)))), 10, every, rate)
+CLAP = "music_audioset_epoch_15_esc_90.14.pt"  # of huggingface.co/lukewys/laion_clap
 
 
 class PaperRuler:
@@ -66,16 +37,13 @@ class PaperRuler:
 
     def __init__(self, clap="", kl_average="clips"):
         self.kl_average = kl_average
-        clap = clap or CLAP_NAME
-        try:
-            self.frames = openl3()
-            self.logits = passt()
+        clap = clap or CLAP
+        with explained(
+            "the paper's metrics need `pip install -r requirements-paper.txt`, and once the net,"
+            " for their weights and huggingface.co/roberta-base"
+        ):
+            self.frames, self.logits = openl3(), passt()
             self.embedding, self.read = load_clap(clap)
-        except (ImportError, OSError, RuntimeError) as error:  # the last two: a wrong torchaudio
-            raise ValueError(
-                "the paper's metrics need `pip install -r requirements-paper.txt`, and laion-clap"
-                f" needs roberta-base from https://huggingface.co/roberta-base ({error})"
-            ) from None
         self.settings = (
             "OpenL3 mel256 music 512, 1 s every 0.5 s, peak at -1 dB, mono (mono embedded as left"
             f" and right doubles FD); PaSST ap476, 10 s every 5 s, KL over {kl_average}; CLAP"
@@ -101,15 +69,12 @@ def openl3():
     so frame i is centred on second i / 2."""
     import torchopenl3
 
-    weights(OPENL3)
     model = torchopenl3.core.load_audio_embedding_model("mel256", "music", 512)
+    options = dict(hop_size=0.5, center=True, verbose=False)
 
     def embed(audio):
         audio = peak_normalised(resample(audio, 48000))
-        frames, _ = torchopenl3.get_audio_embedding(
-            audio, 48000, model, hop_size=0.5, center=True, verbose=False
-        )
-        return frames[0].float().cpu()
+        return torchopenl3.get_audio_embedding(audio, 48000, model, **options)[0][0].float()
 
     return embed
 
@@ -118,10 +83,9 @@ def passt():
     """-> a function: audio -> logits (n, 527) of AudioSet's classes, for each window"""
     from hear21passt.base import get_basic_model
 
-    weights(PASST)
     with contextlib.redirect_stdout(None):  # it prints all of its layers
         model = get_basic_model(mode="logits", arch="passt_s_swa_p16_128_ap476").eval()
-    return lambda audio: model(ten_seconds(resample(audio, 32000), 32000, 5)).float().cpu()
+    return lambda audio: model(ten_seconds(resample(audio, 32000), 32000, 5)).float()
 
 
 def load_clap(name):
@@ -130,14 +94,25 @@ def load_clap(name):
     import laion_clap
 
     model = laion_clap.CLAP_Module(enable_fusion=False, amodel="HTSAT-base")
-    model.load_ckpt(str(weights(CLAP + name)), verbose=False)
+    model.load_ckpt(hf_hub_download("lukewys/laion_clap", name), verbose=False)
 
     def embed(audio):
         audio = ten_seconds(resample(audio, 48000), 48000, 10)
         return torch.from_numpy(model.get_audio_embedding_from_data(audio.numpy())).mean(0)
 
-    @torch.inference_mode()
-    def read(captions):
-        return torch.from_numpy(model.get_text_embedding(captions))
+    return embed, lambda captions: torch.from_numpy(model.get_text_embedding(captions))
 
-    return embed, read
+
+def resample(audio, rate):
+    """(S,) at 44.1 kHz -> (S',) float32"""
+    return torch.from_numpy(soxr.resample(np.asarray(audio, np.float32), SAMPLE_RATE, rate))
+
+
+def peak_normalised(audio):
+    """Scales the largest sample to -1 dB, as OpenL3's figures are made. Silence stays silence."""
+    return audio * (10 ** (-1 / 20) / audio.abs().max().clamp(min=1e-8))
+
+
+def ten_seconds(audio, rate, every):
+    """(S,) -> windows (n, 10 s); a short clip is padded with silence"""
+    return windows(F.pad(audio, (0, max(0, 10 * rate - len(audio)))), 10, every, rate)
