@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import re
-from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,13 +20,8 @@ from options import read_lines
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RATE = 16000  # of LP-MusicCaps
-VOCALS = re.compile(
-    r"\b(vocal\w*|voices?|voiced|sing|sings|singing|singers?|sang|sung|songstress|lyric\w*|choirs?"
-    r"|choral|chant\w*|rap|raps|rapping|rappers?|rapped|a ?cappella|acapella|humming|hums|hummed"
-    r"|yodel\w*|scatting|croon\w*|falsetto|beatbox\w*|spoken|speak\w*|speech|talk\w*|narrat\w*"
-    r"|whisper\w*|shout\w*|scream\w*|opera\w*|(soprano|tenor|baritone)(?! sax))\b",
-    re.I,
-)
+HERE = Path(__file__).parent
+VOCALS = re.compile(rf"\b({'|'.join(read_lines(HERE / 'voice_words.txt'))})\b", re.I)
 
 
 def mentions_vocals(caption):
@@ -36,25 +30,20 @@ def mentions_vocals(caption):
     return VOCALS.search(caption) is not None
 
 
-WORDS = read_lines(Path(__file__).with_name("tag_words.txt"))
+WORDS = read_lines(HERE / "tag_words.txt")
 SPACED = {words.replace(" ", ""): words for words in WORDS}  # MTG-Jamendo's tags have no spaces
 
 
-def sentence_from_tags(tags, vocals=False):
-    """["genre---triphop", "instrument---piano", "mood/theme---dark"] -> "A dark trip hop track with
-    piano." Tags that mention a voice are left out unless `vocals`. Empty if there are none."""
-    words = defaultdict(list)
+def facts_of(tags, vocals):
+    """["genre---triphop", "mood/theme---sad", "mood/theme---dark"] -> {"genre": "trip hop", "mood":
+    "sad and dark"}. Tags that mention a voice are left out unless `vocals`."""
+    facts = {}
     for tag in tags:
-        kind, _, word = tag.partition("---")
+        kind, _, word = tag.replace("mood/theme", "mood").partition("---")
         word = SPACED.get(word, word)
         if vocals or not mentions_vocals(word):
-            words[kind].append(word)
-    parts = [", ".join(words["mood/theme"]), " and ".join(words["genre"]), "track"]
-    if words["instrument"]:
-        parts.append(f"with {' and '.join(words['instrument'])}")
-    sentence = " ".join(filter(None, parts))
-    article = "An" if sentence[0] in "aeiou" else "A"
-    return "" if sentence == "track" else f"{article} {sentence}."
+            facts[kind] = f"{facts[kind]} and {word}" if kind in facts else word
+    return facts
 
 
 # Columns of tables of captions. A row may name a track by its path (from the music folder, or

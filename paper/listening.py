@@ -7,7 +7,7 @@
 questions, as in the paper (SSMTTM, IV-B): a prompt, and one clip of each system under a letter, in
 a random order. Each clip gets marks from 1 to 5 for consistency, alignment and overall quality.
 Answers survive a reload, and are downloaded as JSON at the end. `tally` reads a folder of answers
-and prints mean ± standard deviation of each system.
+with the page's key, and prints mean ± standard deviation of each system.
 
 Systems are folders of 000.wav, 001.wav ... Clip NNN plays line NNN of the prompts, from 0. The page
 knows clips by codes only. The key to them is test.key.json: do not send it to the listeners.
@@ -15,7 +15,9 @@ knows clips by codes only. The key to them is test.key.json: do not send it to t
 
 import base64
 import json
+import random
 import secrets
+from collections import defaultdict
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,19 +51,18 @@ def make_page(systems, prompts, out, count=24):
             f"the folders share clips of {len(shared)} prompts, and a session asks {QUESTIONS}:"
             " clip NNN.wav plays line NNN (from 0) of the prompts"
         )
-    rng = np.random.default_rng()
-    key, questions = {}, []
-    for i in sorted(rng.permutation(shared)[:count].tolist()):
-        codes = {secrets.token_hex(6): str(name) for name in rng.permutation(sorted(clips))}
-        key |= {code: dict(system=name, prompt=i) for code, name in codes.items()}
+    key, questions = {}, []  # key: {code of a clip: its system}
+    for i in random.sample(shared, min(count, len(shared))):
+        codes = {secrets.token_hex(6): name for name in random.sample([*clips], len(clips))}
+        key |= codes
         audio = {code: as_ogg(clips[name][i]) for code, name in codes.items()}
         questions.append(dict(prompt=prompts[i], clips=audio))
-    test = dict(id=secrets.token_hex(4), scales=SCALES, questions=questions, perSession=QUESTIONS)
-    data = json.dumps(test).replace("</", "<\\/")  # no caption can close the script
+    about = dict(id=secrets.token_hex(4), scales=SCALES, perSession=QUESTIONS)
+    data = json.dumps(about | dict(questions=questions)).replace("</", "<\\/")  # closes no script
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page.replace("/*TEST*/null", data))
-    write_text(out.with_suffix(".key.json"), json.dumps(dict(id=test["id"], clips=key), indent=1))
+    write_text(out.with_suffix(".key.json"), json.dumps(key, indent=1))
     return len(questions)
 
 
@@ -75,35 +76,29 @@ def as_ogg(path):
         return "data:audio/ogg;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
-def tally(folder, key=None):
-    """Answers (JSON files in `folder`), the page's key -> {system: {scale: marks}}, listeners."""
-    found = set(Path(folder).glob("*.key.json"))
-    keys = {Path(key)} if key else found
-    answers = sorted(set(Path(folder).glob("*.json")) - found)
-    if not keys or not answers:
-        raise ValueError(
-            f"{folder} needs the listeners' answers and the page's key (NAME.key.json), or --key"
-        )
-    codes = {}
-    for path in keys:
-        with explained(f"{path} is not the key of a page"):
-            known = json.loads(path.read_text(encoding="utf-8"))
-            codes |= {(known["id"], code): clip["system"] for code, clip in known["clips"].items()}
-    sessions = {}  # {listener: [(system, scale, mark)]}; one that was sent twice counts once
-    for path in answers:
-        with explained(f"{path} is not an answer to this page"):
-            given = json.loads(path.read_text(encoding="utf-8"))
+def tally(folder):
+    """A folder of answers and the page's key -> {system: {scale: marks}}, number of listeners"""
+    keys, files = (sorted(Path(folder).glob(end)) for end in ("*.key.json", "*.json"))
+    if not keys or keys == files:
+        raise ValueError(f"{folder} needs the listeners' answers and the page's key, NAME.key.json")
+    systems, sessions = {}, {}  # sessions: {listener: [(system, scale, mark)]}
+    for path in [*keys, *(path for path in files if path not in keys)]:
+        with explained(f"{path} is not a page's key, or an answer to it"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if path in keys:
+                systems |= content
+                continue
             found = [
-                (codes[given["test"], answer["clip"]], scale, answer["marks"][scale])
-                for answer in given["answers"]
+                (systems[answer["clip"]], scale, answer["marks"][scale])
+                for answer in content["answers"]
                 for scale in SCALES
             ]
             if not {mark for _, _, mark in found} <= {1, 2, 3, 4, 5}:
                 raise ValueError("a mark that is no number from 1 to 5")
-            sessions.setdefault(given["listener"], found)
-    marks = {}
+            sessions.setdefault(content["listener"], found)  # who sent two counts once
+    marks = defaultdict(lambda: defaultdict(list))
     for system, scale, mark in chain(*sessions.values()):
-        marks.setdefault(system, {s: [] for s in SCALES})[scale].append(mark)
+        marks[system][scale].append(mark)
     return marks, len(sessions)
 
 
@@ -125,10 +120,9 @@ def main():
     page.add_argument("--out", default="listening-test.html")
     answers = commands.add_parser("tally", help="mean and standard deviation of the answers")
     answers.add_argument("folder", help="the listeners' JSON files, and the key")
-    answers.add_argument("--key", help="NAME.key.json, if it is elsewhere")
     args = parser.parse_args()
     if args.command == "tally":
-        return print(table(*tally(args.folder, args.key)))
+        return print(table(*tally(args.folder)))
     count = make_page(args.systems, read_lines(args.prompts), args.out, args.count)
     print(f"{args.out}: {count} prompts; keep {Path(args.out).with_suffix('.key.json')} private")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from curate import audio_files, find_caption, is_vocal, new_track
-from paper.captions import explained, read_rows, sentence_from_tags
+from curate import audio_files, find_caption, new_track, sentence
+from paper.captions import explained, facts_of, mentions_vocals, read_rows
 
 CLONE = "is missing or broken: `git clone https://github.com/MTG/mtg-jamendo-dataset`"
 
@@ -40,8 +40,10 @@ def jamendo_tracks(metadata, audio, song_describer, options):
         if not path.is_file():
             path = path.with_suffix(".low.mp3")
         caption = find_caption(path, [file, name, str(number), f"{number}.mp3"], options)
-        if not caption[0] and options.captioner == "none":
-            caption = sentence_from_tags(row["tags"], options.keep_vocals), "tags"
+        facts = facts_of(row["tags"], options.keep_vocals)
+        if facts and not caption[0] and options.captioner in ("none", "musicnn"):
+            caption = sentence(facts, np.random.default_rng(0)), "tags"
+            row["facts"] = facts
         about = dict(source="MTG-Jamendo") | row
         about |= licences.get(file, {}) | splits.get(row["artist"], {})
         missing = f"is not in {audio}, the folder of raw_30s: 00/7400.mp3 and so on"
@@ -72,28 +74,29 @@ def read_licences(file):
 
 
 def musiccaps_tracks(table, audio, choose, options):
-    """table: musiccaps-public.csv; audio: a folder of clips named by the ytid. Of the clips that
-    are there, and whose captions do not mention vocals, `choose` are drawn by the seed."""
-    rows = read_musiccaps(table, audio)
-    usable = [ytid for ytid, text, path in rows if path and not is_vocal(text, options)]
-    if not usable:
-        raise ValueError(f"no clip of {table} is in {audio}: expected files such as YTID.wav")
-    others = {*np.random.default_rng(options.seed).permutation(usable)[choose:]}
+    clips = read_musiccaps(table, audio, options.seed, options.keep_vocal_captions)
     about = dict(source="MusicCaps", split="test")
-    tracks = []
-    for ytid, text, path in rows:
-        skip = f"is not among the {choose} chosen" if ytid in others else ""
-        skip = skip if path else f"has no audio in {audio}"
-        tracks.append(new_track(path or ytid, ytid, (text, "MusicCaps"), options, skip, **about))
-    return tracks
+    return [
+        new_track(path, ytid, (caption, "MusicCaps"), options, **about)
+        for ytid, caption, path in clips[:choose]
+    ]
 
 
-def read_musiccaps(table, audio):
-    """-> [(ytid, caption, path of the file that has the ytid in its name, or None)], sorted"""
+def read_musiccaps(table, audio, seed, vocals=False):
+    """table: musiccaps-public.csv; audio: a folder of clips with the ytid in their names. -> those
+    clips, whose captions mention no vocals, in an order drawn by the seed: [(ytid, caption, path)]
+    """
     with explained(f"{table} is not musiccaps-public.csv with columns ytid and caption"):
         captions = {row["ytid"]: row["caption"].strip() for row in read_rows(table)}
-    files = {}
+    found = {}
     for path, problem in audio_files(audio):
         stem = "" if problem else Path(path).stem
-        files |= {stem[i : i + 11]: path for i in range(len(stem) - 10)}
-    return [(ytid, text, files.get(ytid)) for ytid, text in sorted(captions.items())]
+        found |= {stem[i : i + 11]: path for i in range(len(stem) - 10)}
+    clips = [
+        (ytid, captions[ytid], found[ytid])
+        for ytid in sorted(captions.keys() & found.keys())
+        if vocals or not mentions_vocals(captions[ytid])
+    ]
+    if not clips:
+        raise ValueError(f"no clip of {table} is in {audio}: expected files such as YTID.wav")
+    return [clips[i] for i in np.random.default_rng(seed).permutation(len(clips))]

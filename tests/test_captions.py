@@ -41,14 +41,13 @@ def test_words_for_voices_are_found(caption, vocal):
     assert mentions_vocals(caption) is vocal
 
 
-def test_a_sentence_is_made_from_tags():
-    sentence = captions.sentence_from_tags
+def test_tags_become_facts():
     tags = ["genre---triphop", "genre---funk", "instrument---piano", "instrument---drummachine",
             "instrument---voice", "mood/theme---dark"]  # fmt: skip
-    assert sentence(tags) == "A dark trip hop and funk track with piano and drum machine."
-    assert "voice" in sentence(tags, vocals=True)
-    assert sentence(["mood/theme---epic"]) == "An epic track."
-    assert sentence([]) == sentence(["instrument---voice"]) == ""
+    facts = dict(genre="trip hop and funk", instrument="piano and drum machine", mood="dark")
+    assert captions.facts_of(tags, vocals=False) == facts
+    assert "voice" in captions.facts_of(tags, vocals=True)["instrument"]
+    assert captions.facts_of(["instrument---voice"], vocals=False) == {}
 
 
 def test_tables_of_captions_are_read_in_every_form(tmp_path):
