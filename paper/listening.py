@@ -18,7 +18,7 @@ import json
 import random
 import secrets
 from collections import defaultdict
-from itertools import chain
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,11 +28,7 @@ from audio import FORMATS, read_audio, write_audio, write_text
 from options import entry, new_parser, read_lines
 from paper.captions import explained
 
-SCALES = {  # the paper's three
-    "Consistency": "Does the music hang together, in detail and as a whole: melody, rhythm, form?",
-    "Alignment": "Is what the text describes (instruments, tempo, mood, style) what you hear?",
-    "Overall": "How musical, natural and pleasant to listen to is it?",
-}
+SCALES = ("Consistency", "Alignment", "Overall")
 QUESTIONS = 3  # in a session
 
 
@@ -57,11 +53,11 @@ def make_page(systems, prompts, out, count=24):
         key |= codes
         audio = {code: as_ogg(clips[name][i]) for code, name in codes.items()}
         questions.append(dict(prompt=prompts[i], clips=audio))
-    about = dict(id=secrets.token_hex(4), scales=SCALES, perSession=QUESTIONS)
-    data = json.dumps(about | dict(questions=questions)).replace("</", "<\\/")  # closes no script
+    test = json.dumps(dict(id=secrets.token_hex(4), questions=questions))
+    test = test.replace("</", "<\\/")  # no caption can close the script
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page.replace("/*TEST*/null", data))
+    write_text(out, page.replace("/*TEST*/null", test))
     write_text(out.with_suffix(".key.json"), json.dumps(key, indent=1))
     return len(questions)
 
@@ -78,28 +74,23 @@ def as_ogg(path):
 
 def tally(folder):
     """A folder of answers and the page's key -> {system: {scale: marks}}, number of listeners"""
-    keys, files = (sorted(Path(folder).glob(end)) for end in ("*.key.json", "*.json"))
+    keys, files = ({*Path(folder).glob(end)} for end in ("*.key.json", "*.json"))
     if not keys or keys == files:
         raise ValueError(f"{folder} needs the listeners' answers and the page's key, NAME.key.json")
-    systems, sessions = {}, {}  # sessions: {listener: [(system, scale, mark)]}
-    for path in [*keys, *(path for path in files if path not in keys)]:
-        with explained(f"{path} is not a page's key, or an answer to it"):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if path in keys:
-                systems |= content
-                continue
-            found = [
-                (systems[answer["clip"]], scale, answer["marks"][scale])
-                for answer in content["answers"]
-                for scale in SCALES
-            ]
-            if not {mark for _, _, mark in found} <= {1, 2, 3, 4, 5}:
-                raise ValueError("a mark that is no number from 1 to 5")
-            sessions.setdefault(content["listener"], found)  # who sent two counts once
+    systems, listeners = {}, set()
     marks = defaultdict(lambda: defaultdict(list))
-    for system, scale, mark in chain(*sessions.values()):
-        marks[system][scale].append(mark)
-    return marks, len(sessions)
+    for path in [*keys, *sorted(files - keys)]:
+        with explained(f"{path} is not {'the key of' if path in keys else 'an answer to'} a page"):
+            given = json.loads(path.read_text(encoding="utf-8"))
+            if path in keys:
+                systems |= given
+            elif given["listener"] not in listeners:  # who sent two counts once
+                listeners.add(given["listener"])
+                for answer, scale in product(given["answers"], SCALES):
+                    if answer["marks"][scale] not in (1, 2, 3, 4, 5):
+                        raise ValueError("a mark that is no number from 1 to 5")
+                    marks[systems[answer["clip"]]][scale].append(answer["marks"][scale])
+    return marks, len(listeners)
 
 
 def table(marks, listeners):

@@ -43,6 +43,7 @@ def test_marks_are_counted_by_system(page, tmp_path):
     codes = {s: [c for c, system in key.items() if system == s] for s in SYSTEMS}
     folder = tmp_path / "answers"
     folder.mkdir()
+    shutil.copy(page.with_suffix(".key.json"), folder)
 
     def answer(name, listener, given):
         marks = [
@@ -56,7 +57,7 @@ def test_marks_are_counted_by_system(page, tmp_path):
     answer("a", "1", [(mamba[0], 5), (mamba[1], 3), (transformer[0], 1)])
     answer("b", "2", [(mamba[2], 1)])
     answer("again", "1", [(mamba[0], 1)])  # one listener counts once
-    marks, listeners = listening.tally(folder, page.with_suffix(".key.json"))
+    marks, listeners = listening.tally(folder)
     assert listeners == 2 and marks[SYSTEMS[0]]["Consistency"] == [5, 3, 1]
     text = listening.table(marks, listeners)
     assert "| secret-mamba | 3.00 ± 2.00 | 3.00 ± 0.00 | 3.00 ± 2.00 | 3 |" in text
@@ -64,14 +65,14 @@ def test_marks_are_counted_by_system(page, tmp_path):
     assert "2 listeners" in text
     for broken in ([("no such clip", 3)], [(mamba[0], 9)]):
         answer("c", "3", broken)
-        with pytest.raises(ValueError, match="c.json is not an answer"):
-            listening.tally(folder, page.with_suffix(".key.json"))
+        with pytest.raises(ValueError, match="c.json is not an answer to"):
+            listening.tally(folder)
     (folder / "c.json").write_text(json.dumps(dict(answers=[])))
-    with pytest.raises(ValueError, match="c.json is not an answer"):
-        listening.tally(folder, page.with_suffix(".key.json"))
-    (folder / "k.json").write_text("[]")
-    with pytest.raises(ValueError, match="k.json is not the key of a page"):
-        listening.tally(folder, folder / "k.json")
+    with pytest.raises(ValueError, match="c.json is not an answer to"):
+        listening.tally(folder)
+    (folder / "x.key.json").write_text("no JSON")
+    with pytest.raises(ValueError, match="x.key.json is not the key of a page"):
+        listening.tally(folder)
 
 
 def test_bad_folders_get_one_sentence(tmp_path):
@@ -160,13 +161,14 @@ def test_a_session_by_keyboard_alone(browser, page, tmp_path):
     download.value.save_as(tmp_path / "answers" / download.value.suggested_filename)
 
     assert {url.split(":")[0] for url in asked} <= {"file", "data", "blob"}
-    marks, listeners = listening.tally(tmp_path / "answers", page.with_suffix(".key.json"))
+    (file,) = (tmp_path / "answers").iterdir()
+    shutil.copy(page.with_suffix(".key.json"), tmp_path / "answers")
+    marks, listeners = listening.tally(tmp_path / "answers")
     assert listeners == 1 and set(marks) == set(SYSTEMS)
     for scale in listening.SCALES:
         found = sorted(m for system in marks.values() for m in system[scale])
         assert found == sorted(v for (_, _, name), v in given.items() if name == scale)
     # Each clip's marks are those of the letter under which it stood.
-    (file,) = (tmp_path / "answers").iterdir()
     for i, answer in enumerate(json.loads(file.read_text())["answers"]):
         question, letter = divmod(i, 3)
         expected = {scale: given[question, "ABC"[letter], scale] for scale in listening.SCALES}
