@@ -60,7 +60,7 @@ class Options:
     codec: str = option("toy", "toy (ships with this code) or dac (the paper's)", ["toy", "dac"])
     seconds: float = option(30.0, "length of a clip", "[1, inf)")
     valid: float = option(0.1, "share kept for validation, if the source has no splits", "[0, 1)")
-    captions: str = option("", "table with columns path and caption, or a name on the hub")
+    captions: str = option("", "table with columns path and caption")
     titles: bool = option(False, "captions made from tags may name title and artist")
     captioner: str = option("none", "for clips without one: musicnn or seungheondoh/lp-music-caps")
     rephraser: str = option("none", "chat model of the hub that sums up the captioner's sentences")

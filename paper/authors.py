@@ -3,10 +3,9 @@
     python sample.py "jazz reggae" --checkpoint simba.ckpt
 
 Their file is a Lightning checkpoint of Prefix SiMBA (SSMTTM, Fig. 1 (b)): a pickled dict whose
-"state_dict" holds the language model as `music_model.*`, with a copy of Flan-T5 (`text_encoder.*`)
-and the optimizer's memory in it too. The architecture is that of `model.MusicLM`, tensor by tensor,
-so only names change; the sizes of the model are read from its tensors. Captions are filled up to 60
-tokens with </s>, and the language model reads the filling as if it were text: `TextEncoder.fill`.
+"state_dict" holds the language model as `music_model.*`. The architecture is that of
+`model.MusicLM`, tensor by tensor, so only names change. Captions are filled up to 60 tokens with
+</s>, and the language model reads the filling as if it were text: `TextEncoder.fill`.
 
 A pickle may run any code when it is opened. Here nothing but tensors and plain values is unpickled
 (torch's `weights_only`), and nothing but the tensors in use is read from the disk (`mmap`).
@@ -17,20 +16,12 @@ import pickle
 import torch
 
 FILL = 60  # tokens that their captions have at least
-FRAMES = 2584  # of their 30 s clips
 RENAMED = {  # part of their name: part of ours, in this order
-    "music_model": "lm",
-    "condition_linear": "text_proj",
-    "condition_norm": "text_norm",
-    ".embedding.": ".embeddings.",
-    "lm_head": "heads",
-    "backbone": "blocks",
-    "mamba.mamba": "layers.0",
-    "mamba.norm": "norms.0",
-    "ff.norm": "norms.1",
-    "ff.feed_forward.0": "layers.1.up",
-    "ff.feed_forward.3": "layers.1.down",
-}
+    "music_model": "lm", "condition_linear": "text_proj", "condition_norm": "text_norm",
+    ".embedding.": ".embeddings.", "lm_head": "heads", "backbone": "blocks",
+    "mamba.mamba": "layers.0", "mamba.norm": "norms.0", "ff.norm": "norms.1",
+    "ff.feed_forward.0": "layers.1.up", "ff.feed_forward.3": "layers.1.down",
+}  # fmt: skip
 
 
 def read_authors(file):
@@ -67,7 +58,7 @@ def config_of(tensors):
         variant="simba", codebooks=count("lm.embeddings."), blocks=count("lm.blocks."),
         d_model=width, d_state=channels // 2 - width,
         headdim=2 * width // len(tensors[mamba + "dt_bias"]),
-        d_text=tensors["lm.text_proj.weight"].shape[1], trained_frames=FRAMES + FILL, dropout=0.0,
+        d_text=tensors["lm.text_proj.weight"].shape[1], trained_frames=2584 + FILL, dropout=0.0,
     )  # fmt: skip
     text = {"name": "google/flan-t5-base", "fill": FILL}
     return {"model": model, "text": text, "codec": "dac"}

@@ -22,7 +22,6 @@ from model import MusicLM
 from sample import multiplies_bf16
 from text import TYPICAL_LENGTH
 
-PAPER_FLOPS, MUSICGEN_FLOPS = 1e19, 1e20  # of the paper's runs, and MusicGen-small's (SSMTTM IV-A)
 FLAN_T5_BASE = 109_628_544  # parameters of its encoder
 RTX_3090 = 71e12  # FLOPs a second of its bf16 products, by its data sheet
 UTILISATION = 0.4  # of the rate of matrix products; an assumption
@@ -44,38 +43,33 @@ def memory(config, train, text_parameters) -> dict:
     config: of a model; train: a TrainConfig; text_parameters: of the text encoder.
     """
     _, frames, batch = stages(train)[-1]
-    count = parameters(config)
     name = "layers" if isinstance(config, RefinerConfig) else "blocks"
     one, two = (kept(replace(config, **{name: n}), frames, batch, train.compile) for n in (1, 2))
-    blocks, block = getattr(config, name), two - one
-    recompute = min(train.recompute, blocks)
+    recompute = min(train.recompute, config.blocks)
     block_input = 4 * batch * (frames + TYPICAL_LENGTH) * config.d_model
+    whole_blocks = (two - one) * (config.blocks - recompute - 1)
     return {
-        "weights, gradients, AdamW": (20 if train.ema else 16) * count,
+        "weights, gradients, AdamW": (20 if train.ema else 16) * parameters(config),
         "text encoder": (16 if train.train_text_encoder else 2) * text_parameters,
-        "activations": one + block * (blocks - recompute - 1) + block_input * recompute,
+        "activations": one + whole_blocks + block_input * recompute,
     }
 
 
 def kept(config, frames, batch, compiled) -> int:
     """Bytes that a forward pass keeps for the backward pass."""
     # The kernels run on a GPU, and keep less than the PyTorch form. Only their signature is used.
-    use_kernels = mock.patch.multiple(
-        ssd_kernel, available=lambda x: True, triton=ssd_kernel.triton or "not needed"
-    )
+    kernels = mock.patch.multiple(ssd_kernel, available=lambda x: True, triton="not needed")
     bf16 = torch.autocast("cpu", torch.bfloat16)
-    with FakeTensorMode(allow_non_fake_inputs=True), use_kernels, bf16:
-        model = build(config).train()
+    with FakeTensorMode(allow_non_fake_inputs=True), kernels, bf16:
+        text = torch.zeros(batch, TYPICAL_LENGTH, config.d_text)
         if isinstance(config, RefinerConfig):
-            x = torch.zeros(batch, (config.codebooks - 1) * config.code_dim, frames)
-            coarse = torch.zeros(batch, config.code_dim, frames)
-            t = torch.zeros(batch, dtype=torch.long)
-            inputs = x, t, coarse, torch.zeros(batch, config.d_text), torch.ones(batch) > 0
+            codes = torch.zeros(batch, config.codebooks, config.code_dim, frames)
+            t, sketched = torch.zeros(batch), torch.ones(batch) > 0
+            inputs = codes[:, 1:].flatten(1, 2), t, codes[:, 0], text[:, 0], sketched
         else:
             codes = torch.zeros(batch, config.codebooks, frames, dtype=torch.long)
-            text = torch.zeros(batch, TYPICAL_LENGTH, config.d_text)
-            inputs = codes, text, torch.ones(batch, TYPICAL_LENGTH, dtype=torch.bool)
-        output, size = saved(model, inputs, compiled)
+            inputs = codes, text, torch.ones(batch, TYPICAL_LENGTH) > 0
+        output, size = saved(build(config).train(), inputs, compiled)
         # The loss: logits in fp32 and their softmax, and both again in the backward pass.
         return size + 4 * 4 * output.numel()
 
@@ -86,9 +80,7 @@ def saved(model, inputs, compiled=False):
     storages = {}  # holding them keeps their addresses from being used again
 
     def pack(v):
-        storage = v.untyped_storage()
-        if storage._cdata not in own:
-            storages[storage._cdata] = storage
+        storages[v.untyped_storage()._cdata] = v.untyped_storage()
         return v
 
     if compiled:  # "aot_eager" divides the graph as torch.compile does, and generates no code
@@ -96,7 +88,7 @@ def saved(model, inputs, compiled=False):
         model = torch.compile(model, backend="aot_eager", dynamic=False)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
         output = model(*inputs)
-    return output, sum(storage.nbytes() for storage in storages.values())
+    return output, sum(s.nbytes() for address, s in storages.items() if address not in own)
 
 
 def products_per_second(device) -> float:
@@ -116,23 +108,21 @@ def median_seconds(function) -> float:
 
 def report(config, train, device) -> str:
     """The dry run of a config and a TrainConfig: cost, memory on a GPU, and hours."""
-    text_parameters = FLAN_T5_BASE
+    text = FLAN_T5_BASE
     if train.text_encoder == "toy":
         from toy import corpus
 
-        text_parameters = sum(p.numel() for p in corpus.text_encoder().parameters())
-    parts = memory(config, train, text_parameters)
+        text = sum(p.numel() for p in corpus.text_encoder().parameters())
+    parts = memory(config, train, text)
+    uses = ", ".join(f"{use} {size / 1e9:.1f}" for use, size in parts.items())
     rate = products_per_second(device)
     hours = [flops(config, train) / (UTILISATION * r) / 3600 for r in (rate, RTX_3090)]
     here, there = (f"{60 * h:.1f} minutes" if h < 1 else f"{h:,.0f} hours" for h in hours)
-    return (
-        f"{describe_cost(config, train, text_parameters)}\n"
-        f"memory on a GPU: {sum(parts.values()) / 1e9:.1f} GB ("
-        f"{', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())}); to need less: "
-        "--recompute BLOCKS, a smaller --batch with more --accumulate, --fsdp on several cards\n"
-        f"about {here} on one such {device.type}, at {UTILISATION:.0%} of the {rate / 1e12:.2f} "
-        f"TFLOP/s of its matrix products; {there} on an RTX 3090 ({RTX_3090 / 1e12:.0f} TFLOP/s)"
-    )
+    return f"""{describe_cost(config, train, text)}
+memory on a GPU: {sum(parts.values()) / 1e9:.1f} GB ({uses}); to need less: --recompute BLOCKS, a \
+smaller --batch with more --accumulate, --fsdp on several cards
+about {here} on one such {device.type}, at {UTILISATION:.0%} of the {rate / 1e12:.2f} TFLOP/s of \
+its matrix products; {there} on an RTX 3090"""
 
 
 def flops(config, train) -> float:
@@ -143,10 +133,7 @@ def flops(config, train) -> float:
 def describe_cost(config, train, text_parameters) -> str:
     """The first lines of every run: parameters, tokens and FLOPs."""
     trained = "trained too" if train.train_text_encoder else "frozen"
-    return (
-        f"{config.variant}, {config.blocks} blocks, {config.codebooks} codebook(s): "
-        f"{parameters(config) / 1e6:.2f} M parameters (text encoder {text_parameters / 1e6:.2f} M, "
-        f"{trained})\n{train.steps:,} steps, {seen_before(train.steps, train)[1]:.2e} tokens, "
-        f"6 x parameters x tokens = {flops(config, train):.1e} FLOPs (the paper's runs "
-        f"{PAPER_FLOPS:.0e}, MusicGen-small {MUSICGEN_FLOPS:.0e})"
-    )
+    return f"""{config.variant}, {config.blocks} blocks, {config.codebooks} codebook(s): \
+{parameters(config) / 1e6:.2f} M parameters (text encoder {text_parameters / 1e6:.2f} M, {trained})
+{train.steps:,} steps, {seen_before(train.steps, train)[1]:.2e} tokens, 6 x parameters x tokens = \
+{flops(config, train):.1e} FLOPs (the paper's runs 1e+19, MusicGen-small 1e+20)"""

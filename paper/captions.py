@@ -53,36 +53,22 @@ CAPTIONS = "caption text description captions".split()
 
 
 @functools.lru_cache(1)
-def read_table(name):
+def read_table(file):
     """A table of captions -> {track as the table calls it: caption}, with the first of several.
-
-    name: of a file for `read_rows`, or of a dataset on the hub. ValueError, one sentence, if it
-    cannot be read or lacks a column.
-    """
+    ValueError, one sentence, if it cannot be read or lacks a column."""
     table = {}
-    with explained(f"{name} could not be read as a table with columns `path` and `caption`"):
-        file = name
-        if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w-]+", name):
-            file = hf_hub_download(name, "data/train-00000-of-00001.parquet", repo_type="dataset")
+    with explained(f"{file} could not be read as a table with columns `path` and `caption`"):
         rows = read_rows(file)
-        track, caption = ([c for c in names if c in rows[0]] for names in (PATHS, CAPTIONS))
-        if not (track and caption):
-            raise ValueError(f"its columns are {', '.join(rows[0])}")
+        track, caption = ([c for c in names if c in rows[0]][0] for names in (PATHS, CAPTIONS))
         for row in rows:
-            text = row.get(caption[0]) or ""
-            text = (text if isinstance(text, str) else text[0]).strip()
-            if text:
-                table.setdefault(str(row.get(track[0])), text)
+            if text := (row.get(caption) or "").strip():
+                table.setdefault(str(row.get(track)), text)
     return table
 
 
 def read_rows(file):
-    """A .csv, .tsv, .jsonl or .parquet file -> [{column: value}]"""
+    """A .csv, .tsv or .jsonl file -> [{column: value}]"""
     suffix = Path(file).suffix
-    if suffix == ".parquet":
-        from pyarrow import parquet  # `pip install pyarrow`
-
-        return parquet.read_table(file).to_pylist()
     with open(file, encoding="utf-8-sig", newline="") as lines:
         if suffix == ".jsonl":
             return [json.loads(line) for line in lines if line.strip()]
@@ -159,15 +145,6 @@ def log_mel(audio):
     return 10 * (filters @ spectrum.real.square()).clamp(min=1e-10).log10()
 
 
-PROMPT = """These sentences describe consecutive parts of one piece of music:
-
-{}
-
-Describe the whole piece in one to three plain sentences. Keep every genre, mood, tempo and \
-instrument that is named, and add nothing. Do not speak of parts, singers or recording quality. \
-Answer with the description alone."""
-
-
 class Describer:
     """A captioner, and a chat model of the hub (or a folder) that sums up its sentences, or "none".
     It answers greedily: the same music gets the same words."""
@@ -190,7 +167,8 @@ class Describer:
         sentences = " ".join(dict.fromkeys(heard))  # those that are the same only once
         if self.rephraser == "none" or len(heard) == 1:
             return sentences, self.captioner
-        prompt = PROMPT.format("\n".join(f"- {sentence}" for sentence in heard))
+        prompt = (HERE / "rephrase.txt").read_text(encoding="utf-8")
+        prompt += "\n".join(f"- {sentence}" for sentence in heard)
         question = [dict(role="user", content=prompt)]
         (answer,) = self.chat(question, max_new_tokens=160, do_sample=False, return_full_text=False)
         return tidy(answer["generated_text"]) or sentences, f"{self.captioner}, {self.rephraser}"

@@ -103,18 +103,16 @@ def table(marks, listeners):
 
 def main():
     parser = new_parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    page = commands.add_parser("page", help="make the page")
-    page.add_argument("systems", nargs="+", help="folders of 000.wav, 001.wav ...")
-    page.add_argument("--prompts", required=True, help="text file, one prompt a line")
-    page.add_argument("--count", type=int, default=24, help="largest number of prompts [24]")
-    page.add_argument("--out", default="listening-test.html")
-    answers = commands.add_parser("tally", help="mean and standard deviation of the answers")
-    answers.add_argument("folder", help="the listeners' JSON files, and the key")
+    add = parser.add_argument
+    add("command", choices=["page", "tally"])
+    add("folders", nargs="+", help="page: of 000.wav ..., one a system; tally: answers and the key")
+    add("--prompts", default="prompts.txt", help="text file, one prompt a line [prompts.txt]")
+    add("--count", type=int, default=24, help="largest number of prompts [24]")
+    add("--out", default="listening-test.html", help="[listening-test.html]")
     args = parser.parse_args()
     if args.command == "tally":
-        return print(table(*tally(args.folder)))
-    count = make_page(args.systems, read_lines(args.prompts), args.out, args.count)
+        return print(table(*tally(args.folders[0])))
+    count = make_page(args.folders, read_lines(args.prompts), args.out, args.count)
     print(f"{args.out}: {count} prompts; keep {Path(args.out).with_suffix('.key.json')} private")
 
 

@@ -69,34 +69,17 @@ def test_tables_of_captions_are_read_in_every_form(tmp_path):
         (
             "t.csv",
             "file,words\na,b\n",
-            "columns `path` and `caption` .*its columns are file, words",
+            "table with columns `path` and `caption`",
         ),
         ("t.jsonl", "no json", "could not be read as a table"),
         ("gone.csv", None, "could not be read as a table"),
-        ("t.parquet", "PAR1", "pyarrow"),
     ],
 )
-def test_a_table_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, name, text, sentence):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+def test_a_table_that_cannot_be_read_is_one_sentence(tmp_path, name, text, sentence):
     if text:
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=sentence):
         read_table(str(tmp_path / name))
-
-
-def test_published_captions_come_as_parquet_from_the_hub(tmp_path, monkeypatch):
-    rows = [{"location": "14/214.mp3", "caption": ["a song", "another"]}]
-    table = SimpleNamespace(to_pylist=lambda: rows)
-    parquet = ModuleType("pyarrow.parquet")
-    parquet.read_table = lambda path: table
-    package = ModuleType("pyarrow")
-    package.parquet = parquet
-    monkeypatch.setitem(sys.modules, "pyarrow", package)
-    asked = []
-    fetch = lambda name, file, repo_type: asked.append(name) or tmp_path / file
-    monkeypatch.setattr(captions, "hf_hub_download", fetch)
-    assert read_table("disco-eth/jamendo-fma-captions") == {"14/214.mp3": "a song"}
-    assert asked == ["disco-eth/jamendo-fma-captions"]
 
 
 def test_a_table_gives_a_folder_its_captions(tmp_path):

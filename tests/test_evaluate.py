@@ -4,13 +4,11 @@ import csv
 import sys
 from types import SimpleNamespace
 
-import matplotlib.image
 import numpy as np
 import pytest
 import scipy.linalg
 import soundfile
 import torch
-from matplotlib.axes import Axes
 
 import evaluate
 import sample
@@ -236,23 +234,19 @@ def test_tempo_is_right_within_four_percent():
 # -------------------------------------------------------------------------- the paper's rulers ----
 
 
-def test_audio_is_resampled_and_peak_normalised_before_openl3():
-    audio = 0.3 * sine(1000, 1.0)
-    heard = embedders.resample(audio, 48000)
+def test_audio_is_resampled():
+    heard = embedders.resample(0.3 * sine(1000, 1.0), 48000)
     assert len(heard) == 48000
     expected = 0.3 * np.sin(2 * np.pi * 1000 * np.arange(48000) / 48000)
     assert np.abs(heard.numpy() - expected)[100:-100].max() < 2e-3
-    peak = embedders.peak_normalised(heard).abs().max().item()
-    assert 20 * np.log10(peak) == pytest.approx(-1, abs=1e-4)
-    assert embedders.peak_normalised(torch.zeros(8)).abs().max() == 0
 
 
 def test_windows_of_passt_and_clap():
-    five = lambda seconds: embedders.ten_seconds(torch.ones(seconds * 32000), 32000, 5)
+    five = lambda seconds: embedders.ten_seconds(torch.ones(seconds * SR), 32000, 5)
     assert five(10).shape == (1, 320000) and five(25).shape == (4, 320000)
     short = five(4)
-    assert short.shape == (1, 320000) and short.sum() == 4 * 32000  # filled up with silence
-    assert embedders.ten_seconds(torch.ones(30 * 48000), 48000, 10).shape == (3, 480000)
+    assert short.shape == (1, 320000) and not short[0, 4 * 32000 :].any()  # filled up with silence
+    assert embedders.ten_seconds(torch.ones(30 * SR), 48000, 10).shape == (3, 480000)
 
 
 def fake_networks(monkeypatch):
@@ -300,6 +294,10 @@ def test_the_packages_themselves_answer_with_random_weights(monkeypatch, tmp_pat
     openl3, passt = (
         pytest.importorskip(name) for name in ("torchopenl3.models", "hear21passt.models.passt")
     )
+    clap = SimpleNamespace(load_ckpt=lambda *_, **__: None)
+    fake = SimpleNamespace(CLAP_Module=lambda **_: clap)
+    monkeypatch.setitem(sys.modules, "laion_clap", fake)
+    monkeypatch.setattr(embedders, "hf_hub_download", lambda *_: "")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     networks = {
@@ -314,7 +312,8 @@ def test_the_packages_themselves_answer_with_random_weights(monkeypatch, tmp_pat
         torch.save(network.state_dict(), tmp_path / "hub/checkpoints" / name)
     audio = 0.1 * sine(440, 12.0)
     with torch.inference_mode():
-        frames, logits = embedders.openl3()(audio), embedders.passt()(audio)
+        ruler = embedders.PaperRuler()
+        frames, logits = ruler.frames(audio), ruler.logits(audio)
     assert frames.shape == (24, 512) and logits.shape == (1, 527)
     assert frames.isfinite().all() and logits.isfinite().all()
 
@@ -494,9 +493,9 @@ def test_the_papers_figures_are_found_by_variant_codebooks_and_blocks(tmp_path):
         cells = [table[name if name == "codec-1" else f"{name}, sentence"] for name in names]
         return [c["FD_openl3, paper"].value if "KL, paper" in c else None for c in cells]
 
-    assert theirs(1) == [59.3433, None, 102.7248, None, 99.2973]
-    assert theirs(2) == [None, 109.1424, 74.4559, 98.6492, 83.1081]
-    assert theirs(2, 25.0) == [None, 125.8558, 85.2023, 107.2963, 97.3981]
+    assert theirs(1) == [59.3433, None, None, None, 99.2973]
+    assert theirs(2) == [None, 109.1424, None, 98.6492, 83.1081]
+    assert theirs(2, 25.0) == [None, 125.8558, None, 107.2963, 97.3981]
     assert theirs(4, 25.0) == [None, None, 88.1027, None, None]
 
 
@@ -528,13 +527,10 @@ def small_results(tmp_path, monkeypatch):
     return tmp_path / "results"
 
 
-def test_the_whole_way_on_a_few_prompts(small_results, monkeypatch):
-    """Real clips, the codec's limits and the shipped model in one table, and a figure of it: the
-    codec keeps more with more codebooks."""
-    _, *drawing = figures.FROM_TABLES["codebooks"]
-    fewer = "codec-4 toy/lm --name codebooks", *drawing
-    monkeypatch.setitem(figures.FROM_TABLES, "codebooks", fewer)
-    figures.main(["codebooks", "--count", "2", "--prompts", "words"])
+def test_the_whole_way_on_a_few_prompts(small_results):
+    """Real clips, the codec's limits and the shipped model in one table: the codec keeps more with
+    more codebooks."""
+    evaluate.main("codec-4 toy/lm --name codebooks --count 2 --prompts words".split())
     lines = (small_results / "codebooks.md").read_text().splitlines()
     rows = [line.split(" |")[0] for line in lines if line.startswith("| ")][2:]
     assert rows == ["| real clips", "| codec-9", "| codec-1", "| codec-4", "| toy/lm"]
@@ -543,31 +539,6 @@ def test_the_whole_way_on_a_few_prompts(small_results, monkeypatch):
         kl = {row[""]: float(row["KL_toy"]) for row in csv.DictReader(lines)}
     assert len(kl) == 5 and abs(kl["real clips"]) < 1e-4
     assert kl["codec-9"] < kl["codec-4"] < kl["codec-1"]
-    assert (small_results / "codebooks.png").stat().st_size > 5000
-
-
-def test_metrics_are_drawn_against_the_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "RESULTS", tmp_path)
-    cells = lambda x: {name: Cell(x, x - 1, x + 1) for name in ("FD_toy", "KL_toy", "CLAP_toy")}
-    table = {"real clips": cells(0)}
-    table |= {f"out/{run}/step-{step}+r": cells(step) for run in "ab" for step in (900, 1000)}
-    evaluate.report("figure2", "", table, "")
-    drawn = []
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *_, label: drawn.append((label, x, y)))
-    monkeypatch.setattr(Axes, "legend", lambda self: None)
-    figures.draw("figure2", *figures.FROM_TABLES["figure2"][1:])
-    assert drawn == [("out/a", (900, 1000), (900, 1000)), ("out/b", (900, 1000), (900, 1000))] * 3
-
-
-def test_spectrograms_have_a_row_for_each_system(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "RESULTS", tmp_path)
-    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=SR) * 0.1, SR)
-    monkeypatch.setattr(evaluate, "music", lambda *_: [tmp_path / "a.wav"])
-    heights = []
-    for count in (1, 3):
-        figures.figure3(["x"] * count)
-        heights.append(matplotlib.image.imread(tmp_path / "figure3.png").shape[0])
-    assert heights[1] > 2 * heights[0]
 
 
 def test_who_plays_what_was_asked_is_told_from_who_does_not(monkeypatch):
