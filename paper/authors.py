@@ -5,10 +5,9 @@
 Their file is a Lightning checkpoint of Prefix SiMBA (SSMTTM, Fig. 1 (b)): a pickled dict whose
 "state_dict" holds the language model as `music_model.*`. The architecture is that of
 `model.MusicLM`, tensor by tensor, so only names change. Captions are filled up to 60 tokens with
-</s>, and the language model reads the filling as if it were text: `TextEncoder.fill`.
-
-A pickle may run any code when it is opened. Here nothing but tensors and plain values is unpickled
-(torch's `weights_only`), and nothing but the tensors in use is read from the disk (`mmap`).
+</s>, and the language model reads the filling as if it were text: `TextEncoder.fill`. A pickle may
+run any code when it is opened. Here nothing but tensors and plain values is unpickled
+(`weights_only`), and nothing but the tensors in use is read from the disk (`mmap`).
 """
 
 import pickle
@@ -26,15 +25,12 @@ RENAMED = {  # part of their name: part of ours, in this order
 
 def read_authors(file):
     """-> config, like the config.json of our checkpoints, and tensors {"lm." + our name: tensor}.
-
-    ValueError, one sentence, if the file is cut short, would run code, or holds another model.
-    """
+    ValueError, one sentence, if the file is cut short, would run code, or holds another model."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         tensors = checkpoint["state_dict"]
         for theirs, ours in RENAMED.items():
             tensors = {name.replace(theirs, ours): v for name, v in tensors.items()}
-        tensors = {name: v for name, v in tensors.items() if name.startswith("lm.")}
         return config_of(tensors), tensors
     except pickle.UnpicklingError:
         holds = "objects that might run code, which are not loaded"
@@ -60,5 +56,4 @@ def config_of(tensors):
         headdim=2 * width // len(tensors[mamba + "dt_bias"]),
         d_text=tensors["lm.text_proj.weight"].shape[1], trained_frames=2584 + FILL, dropout=0.0,
     )  # fmt: skip
-    text = {"name": "google/flan-t5-base", "fill": FILL}
-    return {"model": model, "text": text, "codec": "dac"}
+    return {"model": model, "text": {"name": "google/flan-t5-base", "fill": FILL}, "codec": "dac"}

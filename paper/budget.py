@@ -2,9 +2,9 @@
 
     python train.py --variant simba --preset paper --dry-run
 
-Nothing is allocated. The model is built of tensors that have a shape and no contents. One forward
-pass shows what autograd keeps for the backward pass, compiled if the run is to be compiled. A model
-of one block and one of two give the cost of a block and that of the rest.
+Nothing is allocated: tensors have a shape and no contents. One forward pass shows what autograd
+keeps for the backward pass, compiled if the run is to be compiled. A model of one block and one of
+two give the cost of a block and that of the rest.
 """
 
 from dataclasses import replace
@@ -39,19 +39,16 @@ def parameters(config) -> int:
 
 def memory(config, train, text_parameters) -> dict:
     """Bytes at the end of the forward pass, the peak of a training step on one GPU, by use.
-
-    config: of a model; train: a TrainConfig; text_parameters: of the text encoder.
-    """
+    train: a TrainConfig; text_parameters: of the text encoder."""
     _, frames, batch = stages(train)[-1]
     name = "layers" if isinstance(config, RefinerConfig) else "blocks"
     one, two = (kept(replace(config, **{name: n}), frames, batch, train.compile) for n in (1, 2))
-    recompute = min(train.recompute, config.blocks)
+    again = min(train.recompute, config.blocks)  # blocks of which only the input is kept
     block_input = 4 * batch * (frames + TYPICAL_LENGTH) * config.d_model
-    whole_blocks = (two - one) * (config.blocks - recompute - 1)
     return {
         "weights, gradients, AdamW": (20 if train.ema else 16) * parameters(config),
         "text encoder": (16 if train.train_text_encoder else 2) * text_parameters,
-        "activations": one + whole_blocks + block_input * recompute,
+        "activations": one + (two - one) * (config.blocks - 1 - again) + block_input * again,
     }
 
 
@@ -59,8 +56,8 @@ def kept(config, frames, batch, compiled) -> int:
     """Bytes that a forward pass keeps for the backward pass."""
     # The kernels run on a GPU, and keep less than the PyTorch form. Only their signature is used.
     kernels = mock.patch.multiple(ssd_kernel, available=lambda x: True, triton="not needed")
-    bf16 = torch.autocast("cpu", torch.bfloat16)
-    with FakeTensorMode(allow_non_fake_inputs=True), kernels, bf16:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, kernels, torch.autocast("cpu", torch.bfloat16):
         text = torch.zeros(batch, TYPICAL_LENGTH, config.d_text)
         if isinstance(config, RefinerConfig):
             codes = torch.zeros(batch, config.codebooks, config.code_dim, frames)
@@ -94,8 +91,8 @@ def saved(model, inputs, compiled=False):
 def products_per_second(device) -> float:
     """FLOPs a second of a matrix product on this device, in the type that training uses."""
     size = 4096 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    a = torch.randn(size, size, device=device)
+    a = a.bfloat16() if multiplies_bf16(device) else a
     return 2 * size**3 / median_seconds(lambda: F.linear(a, a))
 
 

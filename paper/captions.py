@@ -22,16 +22,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RATE = 16000  # of LP-MusicCaps
 HERE = Path(__file__).parent
 VOCALS = re.compile(rf"\b({'|'.join(read_lines(HERE / 'voice_words.txt'))})\b", re.I)
+# MTG-Jamendo's tags have no spaces.
+SPACED = {words.replace(" ", ""): words for words in read_lines(HERE / "tag_words.txt")}
 
 
 def mentions_vocals(caption):
     """Whether a caption has a word for a voice. "No vocals" counts too: a model should not meet the
     word only where there are none."""
     return VOCALS.search(caption) is not None
-
-
-WORDS = read_lines(HERE / "tag_words.txt")
-SPACED = {words.replace(" ", ""): words for words in WORDS}  # MTG-Jamendo's tags have no spaces
 
 
 def facts_of(tags, vocals):
@@ -46,24 +44,13 @@ def facts_of(tags, vocals):
     return facts
 
 
-# Columns of tables of captions. A row may name a track by its path (from the music folder, or
-# whole), by its file's name, with or without extension, or by its id.
-PATHS = "path file file_name filename audio location track_id id track".split()
-CAPTIONS = "caption text description captions".split()
-
-
 @functools.lru_cache(1)
 def read_table(file):
-    """A table of captions -> {track as the table calls it: caption}, with the first of several.
+    """A table with the columns `path` and `caption` -> {path: caption}, with the first of several.
     ValueError, one sentence, if it cannot be read or lacks a column."""
-    table = {}
     with explained(f"{file} could not be read as a table with columns `path` and `caption`"):
-        rows = read_rows(file)
-        track, caption = ([c for c in names if c in rows[0]][0] for names in (PATHS, CAPTIONS))
-        for row in rows:
-            if text := (row.get(caption) or "").strip():
-                table.setdefault(str(row.get(track)), text)
-    return table
+        texts = {row["path"]: row["caption"] or "" for row in reversed(read_rows(file))}
+    return {path: text.strip() for path, text in texts.items() if text.strip()}
 
 
 def read_rows(file):
@@ -87,10 +74,7 @@ def explained(advice):
 
 class LPMusicCaps(nn.Module):
     """Log-mel frames of ten seconds -> six convolutions that leave 32 positions -> BART (base) ->
-    words. Parts are named as in the published weights.
-
-    name: the hub's name, or a folder with transfer.pth and BART's config and tokenizer.
-    """
+    words. name: the hub's, or of a folder with transfer.pth and BART's config and tokenizer."""
 
     def __init__(self, name):
         super().__init__()
@@ -154,40 +138,30 @@ class Describer:
 
         self.captioner, self.rephraser = captioner, rephraser
         if rephraser != "none":
-            advice = "accept its licence on huggingface.co and run `hf auth login`, or take another"
-            with explained(f"the chat model {rephraser} could not be loaded: {advice}"):
+            with explained(f"--rephraser {rephraser} could not be loaded, or does not chat"):
                 self.chat = pipeline("text-generation", rephraser, dtype="auto", device=DEVICE)
                 self.chat.tokenizer.get_chat_template()  # an error if there is none
         self.listen = LPMusicCaps(captioner).to(DEVICE)
 
     def __call__(self, audio):
-        """audio (1, S) -> its caption, and the names of the models that made it. If the chat model
-        says nothing, all sentences are the caption."""
+        """audio (1, S) -> its caption, and the names of the models that made it"""
         heard = self.listen(audio)
         sentences = " ".join(dict.fromkeys(heard))  # those that are the same only once
         if self.rephraser == "none" or len(heard) == 1:
             return sentences, self.captioner
-        prompt = (HERE / "rephrase.txt").read_text(encoding="utf-8")
-        prompt += "\n".join(f"- {sentence}" for sentence in heard)
-        question = [dict(role="user", content=prompt)]
+        lines = [*read_lines(HERE / "rephrase.txt"), *(f"- {sentence}" for sentence in heard)]
+        question = [dict(role="user", content="\n".join(lines))]
         (answer,) = self.chat(question, max_new_tokens=160, do_sample=False, return_full_text=False)
-        return tidy(answer["generated_text"]) or sentences, f"{self.captioner}, {self.rephraser}"
-
-
-def tidy(answer):
-    """A chat model's answer without quotation marks and an opening such as "Here it is:"."""
-    answer = re.sub(r"^[^\n]*:\s*\n", "", answer.strip())
-    return " ".join(answer.split()).strip("\"'“” ")
+        answer = re.sub(r"^[^\n]*:\s*\n", "", answer["generated_text"].strip())  # "Here it is:"
+        answer = " ".join(answer.split()).strip("\"'“” ")
+        return answer or sentences, f"{self.captioner}, {self.rephraser}"
 
 
 class Separator:
     """HTDemucs: the sum of all stems but the vocals."""
 
     def __init__(self):
-        with explained(
-            "vocals are removed by HTDemucs: `pip install demucs` and go online for its weights,"
-            " or take --keep-vocals"
-        ):
+        with explained("removing vocals needs `pip install demucs` and the net, or --keep-vocals"):
             from demucs.api import Separator
 
             self.demucs = Separator("htdemucs", shifts=0)  # shifts would be random

@@ -1,8 +1,8 @@
 """Training on several GPUs: `torchrun --nproc_per_node=4 train.py ...`
 
-Every process (rank) holds the model and a share of each batch; gradients are averaged (DDP). With
---fsdp each rank keeps a share of the weights only. The clips of a step do not depend on the number
-of processes. A run without torchrun has one, for which nothing here does anything.
+Each process (rank) holds the model and a share of each batch; gradients are averaged (DDP). With
+--fsdp it holds a share of the weights only. The clips of a step do not depend on the number of
+processes. A run without torchrun has one, for which nothing here does anything.
 """
 
 import os
@@ -26,8 +26,8 @@ class Processes:
                 torch.cuda.set_device(self.device)
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:  # no such device, or none here
-            why = str(error).splitlines()[0].split(". ")[0]
-            raise ValueError(f"--device {device}: {why}") from None
+            why = f"--device {device}: {error}".splitlines()[0].split(". ")[0]
+            raise ValueError(why) from None
         if self.ranks > 1:
             dist.init_process_group(dist.get_default_backend_for_device(self.device))
 

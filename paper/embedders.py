@@ -1,8 +1,7 @@
 """The networks behind the paper's metrics: OpenL3 for FD, PaSST for KL, CLAP for CLAP.
 
 The settings follow stable-audio-metrics (arXiv 2402.04825), as the paper does; docs/evaluation.md
-has a table of them. The weights (18 MB, 340 MB, 2.3 GB) are downloaded to the caches of torch and
-of the hub. S samples, n windows, W frames.
+has a table of them. The weights (18 MB, 340 MB, 2.3 GB) are downloaded. n windows, W frames.
 """
 
 import contextlib
@@ -27,10 +26,7 @@ class PaperRuler:
     def __init__(self, clap="", kl_average="clips"):
         self.kl_average = kl_average
         clap = clap or "music_audioset_epoch_15_esc_90.14.pt"
-        with explained(
-            "the paper's metrics need `pip install -r requirements-paper.txt`, and once the net,"
-            " for their weights and huggingface.co/roberta-base"
-        ):
+        with explained("`pip install -r requirements-paper.txt`, and be online for the weights"):
             import laion_clap
             import torchopenl3
             from hear21passt.base import get_basic_model
@@ -58,7 +54,7 @@ class PaperRuler:
         centred on second i / 2"""
         from torchopenl3 import get_audio_embedding
 
-        audio = resample(audio, 48000)
+        audio = torch.from_numpy(soxr.resample(np.asarray(audio), SAMPLE_RATE, 48000))
         audio = audio * (10 ** (-1 / 20) / audio.abs().max().clamp(min=1e-8))  # peak at -1 dB
         options = dict(hop_size=0.5, center=True, verbose=False)
         return get_audio_embedding(audio, 48000, self.openl3, **options)[0][0].float()
@@ -76,18 +72,12 @@ class PaperRuler:
         return torch.from_numpy(self.clap.get_text_embedding(captions))
 
     def tags(self, heard):
-        """One distribution for each clip (N, 527), from the mean of its windows' logits; or with
-        kl_average "segments" one for each window (N, n, 527)."""
+        """Of each clip (N, 527); with kl_average "segments", of each of its windows (N, n, 527)"""
         logits = torch.stack(heard.logits)  # (N, n, 527)
         return (logits if self.kl_average == "segments" else logits.mean(1)).softmax(-1)
 
 
-def resample(audio, rate):
-    """(S,) at 44.1 kHz -> (S',) float32"""
-    return torch.from_numpy(soxr.resample(np.asarray(audio, np.float32), SAMPLE_RATE, rate))
-
-
 def ten_seconds(audio, rate, every):
     """(S,) at 44.1 kHz -> windows (n, 10 s), one `every` so many seconds; short clips are padded"""
-    audio = resample(audio, rate)
+    audio = torch.from_numpy(soxr.resample(np.asarray(audio), SAMPLE_RATE, rate))
     return windows(F.pad(audio, (0, max(0, 10 * rate - len(audio)))), 10, every, rate)

@@ -14,8 +14,7 @@ def add_published(table, number, seconds):
     """Adds columns to a table of evaluate.py: the parameters of each checkpoint, and the figures of
     the paper's Table `number` for the same variant, codebooks and blocks.
 
-    They are in tables.csv, as VARIANT-CODEBOOKS-BLOCKS. Table I: 10 s, step 20,000, codebook 1
-    alone. II: 10 s; IIb: 25 s; nine codebooks: one stage. IV: 25 s.
+    They are in tables.csv, as VARIANT-CODEBOOKS-BLOCKS; 2b is Table II at 25 s.
     """
     number = "2b" if number == 2 and seconds > 10 else str(number)
     theirs = {r["system"]: r for r in read_rows(HERE / "tables.csv") if r["table"] == number}
@@ -36,12 +35,9 @@ def loss_curve(rows, path):
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     axis.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), "0.6", lw=1, label="training")
-    top = 0
     for kind in ("right", "shuffled", "empty"):
-        x, y = zip(*[(row["step"], row[kind]) for row in rows if kind in row])
-        axis.plot(x, y, "o-", ms=3, label=f"validation, {kind} captions")
-        top = max(top, *y)
-    axis.set(xlabel="step", ylabel="loss")
-    axis.set_ylim(top=1.1 * top)  # the first steps' losses would flatten all the others
+        points = [(row["step"], row[kind]) for row in rows if kind in row]
+        axis.plot(*zip(*points), "o-", ms=3, label=f"validation, {kind} captions")
+    axis.set(xlabel="step", ylabel="loss", yscale="log")
     axis.legend()
     figure.savefig(path, dpi=120)

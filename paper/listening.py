@@ -39,13 +39,11 @@ def make_page(systems, prompts, out, count=24):
     for system in map(Path, systems):
         files = [p for p in system.iterdir() if p.suffix.lower() in (*FORMATS, ".mp3")]
         clips[system.name] = {int(p.stem): p for p in files if p.stem.isdigit()}
-    if len(clips) < max(2, len(systems)):
-        raise ValueError("a listening test compares two or more folders of different names")
     shared = [i for i in range(len(prompts)) if all(i in files for files in clips.values())]
-    if len(shared) < QUESTIONS:
+    if len(clips) < max(2, len(systems)) or len(shared) < QUESTIONS:
         raise ValueError(
-            f"the folders share clips of {len(shared)} prompts, and a session asks {QUESTIONS}:"
-            " clip NNN.wav plays line NNN (from 0) of the prompts"
+            f"a listening test needs folders of different names, two or more, that share clips of"
+            f" {QUESTIONS} prompts: clip NNN.wav plays line NNN (from 0) of the prompts"
         )
     key, questions = {}, []  # key: {code of a clip: its system}
     for i in random.sample(shared, min(count, len(shared))):
@@ -107,12 +105,11 @@ def main():
     add("command", choices=["page", "tally"])
     add("folders", nargs="+", help="page: of 000.wav ..., one a system; tally: answers and the key")
     add("--prompts", default="prompts.txt", help="text file, one prompt a line [prompts.txt]")
-    add("--count", type=int, default=24, help="largest number of prompts [24]")
     add("--out", default="listening-test.html", help="[listening-test.html]")
     args = parser.parse_args()
     if args.command == "tally":
         return print(table(*tally(args.folders[0])))
-    count = make_page(args.folders, read_lines(args.prompts), args.out, args.count)
+    count = make_page(args.folders, read_lines(args.prompts), args.out)
     print(f"{args.out}: {count} prompts; keep {Path(args.out).with_suffix('.key.json')} private")
 
 

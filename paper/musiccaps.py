@@ -37,10 +37,8 @@ def choose(table, folder, seconds, count, seed=0):
             chosen.append((caption, audio))
         if len(chosen) == count:
             return chosen
-    raise ValueError(
-        f"{folder} has {len(chosen)} clips of {seconds:g} s whose captions in {table} name no"
-        f" vocals, not {count}: download more, or ask for fewer with --count"
-    )
+    found = f"{folder} has {len(chosen)} clips of {seconds:g} s whose captions name no vocals"
+    raise ValueError(f"{found}, not {count}: download more, or take a smaller --count")
 
 
 def musicgen(name, prompts, seconds, seeds):
@@ -49,9 +47,7 @@ def musicgen(name, prompts, seconds, seeds):
 
     with explained(f"no weights: get https://huggingface.co/facebook/{name} with `hf download`"):
         player = pipeline("text-to-audio", f"facebook/{name}", device=DEVICE)
-    options = dict(
-        do_sample=True, guidance_scale=3.0, top_k=250, max_new_tokens=round(50 * seconds)
-    )
+    options = dict(do_sample=True, guidance_scale=3.0, top_k=250, max_new_tokens=int(50 * seconds))
     for prompt, seed in zip(prompts, seeds):
         torch.manual_seed(seed)
         audio = player(prompt, generate_kwargs=options)["audio"]

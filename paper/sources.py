@@ -17,22 +17,21 @@ def jamendo_tracks(metadata, audio, song_describer, options):
     00/7400.mp3 and so on, or the smaller 00/7400.low.mp3.
 
     Left out: the Song Describer Dataset, which is test material. `song_describer` is its
-    song_describer.csv; without it, split-0's whole test set is left out, which contains it.
-    Validation: split-0's validation set. The splits separate artists. A track in no split goes
-    where its artist is, or else where data.py puts the artist.
+    song_describer.csv; without it, split-0's test set is left out, which contains it. Validation:
+    split-0's. Splits separate artists: a track in none goes where its artist is, or else where
+    data.py puts the artist.
     """
-    metadata = Path(metadata)
-    rows = read_jamendo(metadata / "data/raw_30s.tsv")
-    split = lambda name: read_jamendo(metadata / f"data/splits/split-0/autotagging-{name}.tsv")
-    train, valid, test = map(split, ("train", "validation", "test"))
+    rows = read_jamendo(f"{metadata}/data/raw_30s.tsv")
+    split = lambda name: read_jamendo(f"{metadata}/data/splits/split-0/autotagging-{name}.tsv")
+    train, valid, test = split("train"), split("validation"), split("test")
     excluded, why = test, "is in split-0's test set, which holds Song Describer"
     if song_describer:
-        why = "belongs to the Song Describer Dataset"
         with explained(f"{song_describer} is not Song Describer's song_describer.csv"):
             excluded = {int(row["track_id"]) for row in read_rows(song_describer)}
+        why = "belongs to the Song Describer Dataset"
     splits = {row["artist"]: dict(split="train") for row in (train | test).values()}
     splits |= {row["artist"]: dict(split="valid") for row in valid.values()}
-    licences = read_licences(metadata / "audio_licenses.txt")
+    licences = read_licences(f"{metadata}/audio_licenses.txt")
     tracks = []
     for number, row in rows.items():
         name, file = f"track_{number:07}", row.pop("path")
@@ -44,8 +43,7 @@ def jamendo_tracks(metadata, audio, song_describer, options):
         if facts and not caption[0] and options.captioner in ("none", "musicnn"):
             caption = sentence(facts, np.random.default_rng(0)), "tags"
             row["facts"] = facts
-        about = dict(source="MTG-Jamendo") | row
-        about |= licences.get(file, {}) | splits.get(row["artist"], {})
+        about = row | licences.get(file, {}) | splits.get(row["artist"], {})
         missing = f"is not in {audio}, the folder of raw_30s: 00/7400.mp3 and so on"
         skip = why if number in excluded else "" if path.is_file() else missing
         tracks.append(new_track(path, name, caption, options, skip, **about))
@@ -57,8 +55,9 @@ def read_jamendo(tsv):
     with explained(f"{tsv} {CLONE}"):
         return {
             int(row["TRACK_ID"].removeprefix("track_")): dict(
-                artist=row["ARTIST_ID"], album=row["ALBUM_ID"], path=row["PATH"],
-                seconds=float(row["DURATION"]), tags=[row["TAGS"], *row.get(None, [])],
+                source="MTG-Jamendo", artist=row["ARTIST_ID"], album=row["ALBUM_ID"],
+                path=row["PATH"], seconds=float(row["DURATION"]),
+                tags=[row["TAGS"], *row.get(None, [])],
             )
             for row in read_rows(tsv)  # which has what is in no named column at None
         }  # fmt: skip
@@ -74,28 +73,22 @@ def read_licences(file):
 
 
 def musiccaps_tracks(table, audio, choose, options):
-    clips = read_musiccaps(table, audio, options.seed, options.keep_vocal_captions)
-    about = dict(source="MusicCaps", split="test")
-    return [
-        new_track(path, ytid, (caption, "MusicCaps"), options, **about)
-        for ytid, caption, path in clips[:choose]
-    ]
+    clips = read_musiccaps(table, audio, options.seed, options.keep_vocal_captions)[:choose]
+    more = dict(source="MusicCaps", split="test")
+    return [new_track(path, key, (text, "MusicCaps"), options, **more) for key, text, path in clips]
 
 
 def read_musiccaps(table, audio, seed, vocals=False):
-    """table: musiccaps-public.csv; audio: a folder of clips with the ytid in their names. -> those
-    clips, whose captions mention no vocals, in an order drawn by the seed: [(ytid, caption, path)]
-    """
+    """Clips of musiccaps-public.csv whose captions mention no vocals, and whose files in the folder
+    `audio` have the ytid in their names -> [(ytid, caption, path)], in an order drawn by seed"""
     with explained(f"{table} is not musiccaps-public.csv with columns ytid and caption"):
         captions = {row["ytid"]: row["caption"].strip() for row in read_rows(table)}
-    found = {}
-    for path, problem in audio_files(audio):
-        stem = "" if problem else Path(path).stem
-        found |= {stem[i : i + 11]: path for i in range(len(stem) - 10)}
+    stems = {path: Path(path).stem for path, problem in audio_files(audio) if not problem}
+    found = {stem[i : i + 11]: path for path, stem in stems.items() for i in range(len(stem) - 10)}
     clips = [
-        (ytid, captions[ytid], found[ytid])
-        for ytid in sorted(captions.keys() & found.keys())
-        if vocals or not mentions_vocals(captions[ytid])
+        (ytid, caption, found[ytid])
+        for ytid, caption in captions.items()
+        if ytid in found and (vocals or not mentions_vocals(caption))
     ]
     if not clips:
         raise ValueError(f"no clip of {table} is in {audio}: expected files such as YTID.wav")

@@ -55,7 +55,7 @@ def test_tables_of_captions_are_read_in_every_form(tmp_path):
     folder = tmp_path / "tsv and others"  # the extension counts, not the folder's name
     folder.mkdir()
     (folder / "t.csv").write_text('path,caption\na.wav,one\nb/c.wav,"two, ""three"""\n')
-    (folder / "t.tsv").write_text('caption\ttrack_id\none\ta.wav\ntwo, "three"\tb/c.wav\n')
+    (folder / "t.tsv").write_text('caption\tpath\none\ta.wav\ntwo, "three"\tb/c.wav\n')
     rows = [{"path": k, "caption": v} for k, v in expected.items()]
     rows += [{"path": "a.wav", "caption": "later"}, {"path": "d.wav", "caption": " "}]
     (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
@@ -208,11 +208,12 @@ def test_a_model_that_does_not_chat_is_named(chat_model, tmp_path):
     [
         ('Here is the description:\n\n"A calm piano piece."', "A calm piano piece."),
         ("A calm\n piano piece. ", "A calm piano piece."),
-        ("  ", ""),
+        ("  ", "one. two."),
     ],
 )
-def test_courtesies_are_cut(answer, text):
-    assert captions.tidy(answer) == text
+def test_courtesies_are_cut(describe, answer, text):
+    describe.chat = lambda question, **_: [dict(generated_text=answer)]
+    assert describe(["one.", "two."])[0] == text
 
 
 @pytest.fixture
@@ -245,7 +246,7 @@ def test_vocals_are_taken_out_and_the_rest_keeps_its_level(demucs):
     "make, sentence",
     [
         (Separator, "pip install demucs.*--keep-vocals"),
-        (lambda: Describer("ear", "./no-such-model"), "chat model ./no-such-model could not be"),
+        (lambda: Describer("ear", "./no-such-model"), "--rephraser ./no-such-model could not be"),
         (lambda: LPMusicCaps("./no-such-model"), "facebook/bart-base"),
     ],
 )

@@ -799,7 +799,8 @@ def test_jamendos_table_is_read_with_all_its_tags(jamendo):
     rows = sources.read_jamendo(jamendo[0] / "data/raw_30s.tsv")
     assert list(rows) == [775, 1729, 3524, 603752, 1082554, 1395508]
     assert rows[1082554] == dict(
-        artist="artist_352844", album="album_128963", path="54/1082554.mp3", seconds=298.1,
+        source="MTG-Jamendo", artist="artist_352844", album="album_128963",
+        path="54/1082554.mp3", seconds=298.1,
         tags=["genre---classical", "instrument---cello", "instrument---violin",
               "mood/theme---emotional", "mood/theme---sad"],
     )  # fmt: skip

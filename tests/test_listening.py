@@ -78,9 +78,9 @@ def test_marks_are_counted_by_system(page, tmp_path):
 def test_bad_folders_get_one_sentence(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match="share clips of 0 prompts"):
+    with pytest.raises(ValueError, match="share clips of 3 prompts"):
         listening.make_page([tmp_path / "a", tmp_path / "b"], PROMPTS, tmp_path / "x.html")
-    with pytest.raises(ValueError, match="two or more folders"):
+    with pytest.raises(ValueError, match="two or more"):
         listening.make_page([tmp_path / "a"], PROMPTS, tmp_path / "x.html")
     with pytest.raises(ValueError, match="needs the listeners' answers"):
         listening.tally(tmp_path)
