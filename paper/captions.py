@@ -46,16 +46,34 @@ def facts_of(tags, vocals):
 
 @functools.lru_cache(1)
 def read_table(file):
-    """A table with the columns `path` and `caption` -> {path: caption}, with the first of several.
-    ValueError, one sentence, if it cannot be read or lacks a column."""
+    """A table of captions -> {path or id of a track: caption}, with the first of several.
+
+    file: a .csv, .tsv, .jsonl or .parquet file, or a dataset on the hub, with columns `path` and
+    `caption`, or those of disco-eth/jamendo-fma-captions. That one has tracks of MTG-Jamendo and of
+    the Free Music Archive, and an id that could be of either names none. ValueError, one sentence,
+    if it cannot be read or lacks a column."""
     with explained(f"{file} could not be read as a table with columns `path` and `caption`"):
-        texts = {row["path"]: row["caption"] or "" for row in reversed(read_rows(file))}
-    return {path: text.strip() for path, text in texts.items() if text.strip()}
+        if not Path(file).exists() and re.fullmatch(r"[\w.-]+/[\w-]+", file):
+            parquet = "data/train-00000-of-00001.parquet"
+            file = hf_hub_download(file, parquet, repo_type="dataset")
+        texts = {}
+        for row in read_rows(file):
+            key = row["path"] if "path" in row else row["id"]
+            text = row["caption"] if "caption" in row else next(iter(row["chatgpt_texts"]), "")
+            if text := (text or "").strip():
+                texts.setdefault(str(key), text)
+    if any(re.fullmatch(r"0\d{5}", key) for key in texts):  # FMA's ids have six digits
+        texts = {key: text for key, text in texts.items() if not re.fullmatch(r"1[0-5]\d{4}", key)}
+    return texts
 
 
 def read_rows(file):
-    """A .csv, .tsv or .jsonl file -> [{column: value}]"""
+    """A .csv, .tsv, .jsonl or .parquet file -> [{column: value}]"""
     suffix = Path(file).suffix
+    if suffix == ".parquet":
+        from pyarrow import parquet  # `pip install pyarrow`
+
+        return parquet.read_table(file).to_pylist()
     with open(file, encoding="utf-8-sig", newline="") as lines:
         if suffix == ".jsonl":
             return [json.loads(line) for line in lines if line.strip()]

@@ -21,7 +21,7 @@ def jamendo_tracks(metadata, audio, song_describer, options):
     split-0's. Splits separate artists: a track in none goes where its artist is, or else where
     data.py puts the artist.
     """
-    rows = read_jamendo(f"{metadata}/data/raw_30s.tsv")
+    rows = read_jamendo(f"{metadata}/data/raw_30s_cleantags.tsv")  # synonyms are one tag
     split = lambda name: read_jamendo(f"{metadata}/data/splits/split-0/autotagging-{name}.tsv")
     train, valid, test = split("train"), split("validation"), split("test")
     excluded, why = test, "is in split-0's test set, which holds Song Describer"

@@ -1,6 +1,7 @@
 """Captions and vocals: the words are read and made as claimed, and the code around the big models
 holds on small ones of the same interface, with random weights."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -80,6 +81,29 @@ def test_a_table_that_cannot_be_read_is_one_sentence(tmp_path, name, text, sente
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=sentence):
         read_table(str(tmp_path / name))
+
+
+def test_the_published_captions_are_found_and_two_numberings_told_apart(tmp_path, monkeypatch):
+    """disco-eth/jamendo-fma-captions: FMA's ids have six digits, Jamendo's none in front."""
+    ids = ["000140", "155320", "214", "1395508", "999999", "100000"]
+    rows = [dict(id=i, chatgpt_texts=[f"of {i}", "more"], tags_text="x") for i in ids]
+    rows += [dict(id="7", chatgpt_texts=[], tags_text="x")]
+    monkeypatch.setattr(captions, "hf_hub_download", lambda name, file, repo_type: file)
+    monkeypatch.setattr(captions, "read_rows", lambda file: rows)
+    read_table.cache_clear()
+    table = read_table("disco-eth/jamendo-fma-captions")
+    assert table == {i: f"of {i}" for i in ("000140", "214", "1395508", "999999")}
+    read_table.cache_clear()
+    rows[:] = rows[1:]  # without FMA's there is one numbering
+    assert read_table("someone/jamendo")["155320"] == "of 155320"
+    read_table.cache_clear()
+
+
+def test_parquet_is_read_where_pyarrow_is_there(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table(dict(path=["a.wav", None], caption=["one", None]))
+    importlib.import_module("pyarrow.parquet").write_table(table, tmp_path / "t.parquet")
+    assert read_table(str(tmp_path / "t.parquet")) == {"a.wav": "one"}
 
 
 def test_a_table_gives_a_folder_its_captions(tmp_path):

@@ -781,7 +781,7 @@ def jamendo(tmp_path):
     """Lines of MTG-Jamendo as they are, in a copy of its repository, with some audio."""
     folder = tmp_path / "mtg-jamendo-dataset"
     (folder / "data/splits/split-0").mkdir(parents=True)
-    (folder / "data/raw_30s.tsv").write_text(JAMENDO)
+    (folder / "data/raw_30s_cleantags.tsv").write_text(JAMENDO)
     (folder / "audio_licenses.txt").write_text(LICENCES)
     header, *rows = JAMENDO.splitlines()
     for name, numbers in dict(train=[0, 1], validation=[4], test=[2, 3]).items():
@@ -796,7 +796,7 @@ def jamendo(tmp_path):
 
 
 def test_jamendos_table_is_read_with_all_its_tags(jamendo):
-    rows = sources.read_jamendo(jamendo[0] / "data/raw_30s.tsv")
+    rows = sources.read_jamendo(jamendo[0] / "data/raw_30s_cleantags.tsv")
     assert list(rows) == [775, 1729, 3524, 603752, 1082554, 1395508]
     assert rows[1082554] == dict(
         source="MTG-Jamendo", artist="artist_352844", album="album_128963",
@@ -807,9 +807,9 @@ def test_jamendos_table_is_read_with_all_its_tags(jamendo):
     assert all(row["path"] == f"{n % 100:02}/{n}.mp3" for n, row in rows.items())
     split = sources.read_jamendo(jamendo[0] / "data/splits/split-0/autotagging-validation.tsv")
     assert split[1082554] == rows[1082554], "no carriage return in the last tag"
-    (jamendo[0] / "data/raw_30s.tsv").write_text(JAMENDO + "track_1\tartist_2\n")
-    with pytest.raises(ValueError, match="raw_30s.tsv is missing or broken"):
-        sources.read_jamendo(jamendo[0] / "data/raw_30s.tsv")
+    (jamendo[0] / "data/raw_30s_cleantags.tsv").write_text(JAMENDO + "track_1\tartist_2\n")
+    with pytest.raises(ValueError, match="raw_30s_cleantags.tsv is missing or broken"):
+        sources.read_jamendo(jamendo[0] / "data/raw_30s_cleantags.tsv")
 
 
 def test_jamendos_splits_licences_and_exclusions(jamendo, tmp_path):
