@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import time
+import tomllib
 from argparse import Namespace
 from collections import Counter, defaultdict
 from contextlib import nullcontext
@@ -91,45 +92,7 @@ class TrainConfig:
             raise ValueError("--fsdp needs a frozen text encoder and no --ema")
 
 
-PRESETS = {
-    "paper": dict(recompute=6),
-    "authors": dict(recompute=6, label_smoothing=0.1, warmup=500),  # as their code has it
-    "large": dict(blocks=40, d_model=1536, attention_heads=12, recompute=30, fsdp=True),
-    "medium": dict(  # 103 M parameters: some tens of hours of music
-        blocks=16, d_model=768, d_state=256, steps=40_000, batch=8, accumulate=8, lr=2e-4,
-    ),
-    "small": dict(  # 29 M: some hours
-        blocks=10, d_model=512, d_state=128, steps=20_000, batch=16, accumulate=2, lr=3e-4,
-        valid_every=500,
-    ),
-    "toy": dict(
-        text_encoder="toy", train_text_encoder=5e-4, blocks=4, d_model=128, d_state=32, headdim=32,
-        chunk=32, init="memory", clock="beat", d_text=128, attention_heads=4, dropout=0.0,
-        trained_frames=862, steps=1250, seconds=862 / FRAME_RATE, crop=32 / FRAME_RATE,
-        crop_until=0.85, batch=5, accumulate=1, lr=3e-3, beta2=0.99, valid_every=125,
-        valid_clips=64, compile=False,
-    ),
-}  # fmt: skip
-REFINER_PRESETS = {
-    "paper": dict(
-        steps=200_000, seconds=10.0, crop=10.0, batch=16, accumulate=4, lr=2e-4,
-        caption_dropout=0.2, ema=0.9999,
-    ),
-    "medium": dict(  # 23 M
-        layers=10, d_model=384, steps=80_000, seconds=10.0, crop=10.0, batch=16, accumulate=2,
-        lr=3e-4, caption_dropout=0.2, ema=0.9995,
-    ),
-    "small": dict(  # 9 M
-        layers=8, d_model=256, steps=40_000, seconds=10.0, crop=10.0, batch=16, accumulate=1,
-        lr=4e-4, caption_dropout=0.2, ema=0.999,
-    ),
-    "toy": dict(
-        text_encoder="toy", layers=6, d_model=128, d_state=32, headdim=32, chunk=32, d_text=128,
-        attention_heads=4, window=256, steps=1500, seconds=256 / FRAME_RATE, crop=256 / FRAME_RATE,
-        batch=16, accumulate=1, lr=2e-3, beta2=0.99, caption_dropout=0.2, ema=0.995,
-        valid_every=250, valid_clips=64, compile=False,
-    ),
-}  # fmt: skip
+PRESETS = tomllib.loads((ROOT / "presets.toml").read_text(encoding="utf-8"))
 
 
 def main(argv=None):
@@ -424,7 +387,7 @@ def card(trainer):
     kind, option = ("refiner", "refiner") if data.refining else (model.variant, "checkpoint")
     hours = sum(row["frames"] for row in data.train.rows) / FRAME_RATE / 3600
     licences = Counter(row.get("licence", "composed by toy/") for row in data.train.rows)
-    preset = (REFINER_PRESETS if data.refining else PRESETS)["paper"]
+    preset = PRESETS["refiner" if data.refining else "lm"]["paper"]
     default = {f.name: f.default for k in (type(model), TrainConfig) for f in fields(k)} | preset
     command = f"python train.py --preset paper --variant {model.variant}"
     for name, value in (asdict(model) | asdict(trainer.config)).items():
@@ -606,14 +569,18 @@ def parse_arguments(argv):
     """-> the model's config, the TrainConfig, the run's folder, and whether this is a dry run"""
     # The variant and the preset decide which other options there are, and their defaults.
     first = new_parser(add_help=False)
-    first.add_argument("--preset", default="toy", choices=PRESETS, help="sizes and schedule [toy]")
+    first.add_argument(
+        "--preset", default="toy", choices=PRESETS["lm"], help="sizes and schedule [toy]"
+    )
     first.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     first.add_argument("--init-from", default="")
     first.add_argument("--dry-run", action="store_true", help="print what it would cost, and end")
     first.add_argument("--variant", default="simba", help=f"{', '.join(VARIANTS)} or refiner")
     known = first.parse_known_args(argv)[0]
     refining = known.variant == "refiner"
-    kind, presets = (RefinerConfig, REFINER_PRESETS) if refining else (LMConfig, PRESETS)
+    kind, presets = LMConfig, PRESETS["lm"]
+    if refining:
+        kind, presets = RefinerConfig, PRESETS["refiner"]
     if known.preset not in presets:
         raise ValueError(f"a {known.variant} has no preset {known.preset!r}: {', '.join(presets)}")
     preset = presets[known.preset] | ({} if refining else dict(variant=known.variant))

@@ -199,7 +199,7 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path, data, alone, monkeypatch)
 def test_a_dry_run_tells_the_cost_of_every_preset(variant, preset, capsys, monkeypatch):
     monkeypatch.setattr(budget, "products_per_second", lambda device: 1e12)
     options = f"--variant {variant} --preset {preset} --dry-run --no-compile".split()
-    if preset not in (train.REFINER_PRESETS if variant == "refiner" else train.PRESETS):
+    if preset not in train.PRESETS["refiner" if variant == "refiner" else "lm"]:
         with pytest.raises(ValueError, match="a refiner has no preset"):
             train.main(options)
         return
@@ -210,7 +210,7 @@ def test_a_dry_run_tells_the_cost_of_every_preset(variant, preset, capsys, monke
 
 
 def test_the_papers_simba_fits_a_24_gb_card():
-    config, run = model.LMConfig(), train.TrainConfig(**train.PRESETS["paper"])
+    config, run = model.LMConfig(), train.TrainConfig(**train.PRESETS["lm"]["paper"])
     count = budget.parameters(config)
     parts = budget.memory(config, run, budget.FLAN_T5_BASE)
     assert parts["weights, gradients, AdamW"] == 16 * count

@@ -12,7 +12,6 @@ python -m toy ship out/simba/best            installs a checkpoint as the defaul
 All but `ship` need fluidsynth: apt-get install fluidsynth fluidr3mono-gm-soundfont
 """
 
-import sys
 import tarfile
 from dataclasses import dataclass, fields
 from functools import partial
@@ -136,7 +135,6 @@ def ship(args):
 
 
 def main():
-    sys.argv[0] = "python -m toy"  # its name in messages
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(required=True)
     for name, run in dict(listen=listen, build=build, judge=train_judge, ship=ship).items():
