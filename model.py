@@ -85,7 +85,7 @@ def ssd_chunked(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     # Matrix products multiply masked entries by zero, and 0 * NaN is NaN. So from the first frame
     # with a NaN or an inf on, zeros are read and NaN is written. Earlier frames see nothing of it.
     bad = ~ssd_kernel.good_frames(x, dt, B, C)  # (B, L)
-    spoilt = not x.is_cpu or torch.compiler.is_compiling() or bad.any()  # a GPU had better not wait
+    spoilt = not x.is_cpu or torch.compiler.is_compiling() or bad.any()  # asking makes a GPU wait
     if spoilt:
         x = x.masked_fill(bad[..., None, None], 0)
         dt, B, C = (v.masked_fill(bad[..., None], 0) for v in (dt, B, C))
@@ -562,10 +562,9 @@ class MusicLM(nn.Module):
                 text = text.gather(1, order[..., None].expand_as(text))
                 h = torch.cat([text, h], 1)
                 mask = torch.cat([text_mask, text_mask.new_ones(B, L)], 1)
-                if self.config.clock == "text":
-                    position = (mask.cumsum(1) - 1).clamp(min=0)
-                else:  # the text has negative positions
-                    position = torch.arange(-text.shape[1], L, device=h.device).expand(B, -1)
+                position = mask.cumsum(1) - 1
+                if self.config.clock != "text":  # the text has negative positions
+                    position = position - text_mask.sum(1, keepdim=True)
         h = h + self._positions(position, tempo[:, None], past)
         context = Context(text, text_mask, mask)
         before = state.blocks if state else [None] * len(self.blocks)

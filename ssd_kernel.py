@@ -424,7 +424,7 @@ def _states(v, w, dt, a, first, good, config, S=None):
     b, L, H, P = v.shape
     chunks, N = a.shape[1], w.shape[-1]
     tiles = triton.cdiv(N, config["states"]["BLOCK_N"])
-    states = v.new_empty(b, chunks, H, P, N, dtype=v.dtype)
+    states = v.new_empty(b, chunks, H, P, N)
     last = v.new_empty(b, H, P, N, dtype=torch.float32)
     GS = v.new_empty(b, chunks, H, tiles, dtype=torch.float32)
     args = v, w, dt, a, first, states, last, S, GS, good, L, chunks
@@ -452,7 +452,7 @@ def ssd_forward(
 def _(x, dt, A, B, C, D, first, good, Q):
     b, L, H, P = x.shape
     last = x.new_empty(b, H, P, B.shape[-1], dtype=torch.float32)
-    states = last.new_empty(b, max(1, -(-L // Q)), *last.shape[1:], dtype=x.dtype)
+    states = x.new_empty(b, max(1, -(-L // Q)), *last.shape[1:])
     return torch.empty_like(x), last, states
 
 
