@@ -249,6 +249,20 @@ def test_padding_and_captions_and_sketch_enter_the_loss_as_they_should():
     assert loss(padded, "a waltz", 0.0) == pytest.approx(1, abs=0.1)
 
 
+def test_times_of_training_are_all_of_the_schedule_and_dense_in_the_noise(monkeypatch):
+    refiner, encoder = small()
+    times = []
+    monkeypatch.setattr(refiner, "forward", lambda x, t, *_: times.append(t) or x)
+    B, T = 4000, refiner.config.timesteps
+    generator = torch.Generator().manual_seed(0)
+    given = codes(1)[None].expand(B, -1, -1)
+    refiner_loss(refiner, encoder, CODEC, given, [""] * B, generator=generator)
+    times = torch.cat(times)
+    assert 1 <= times.min() and times.max() == T  # 0 is clean: nothing to learn
+    for share in (0.25, 0.5, 0.75, 0.999):  # of times up to t, (t / T)^3 come up
+        assert (times <= share * T).float().mean() == pytest.approx(share**3, abs=3e-3)
+
+
 def test_it_learns():
     refiner, encoder = small()
     refiner.train()
