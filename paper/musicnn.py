@@ -7,9 +7,9 @@ was trained on MagnaTagATune (test ROC-AUC 0.907), MSD on the Million Song Datas
 n patches of 3 seconds · T frames of 16 ms · C channels
 """
 
-import functools
 import importlib.util
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -37,26 +37,21 @@ TAGS = {name: tags.split("|") for name, tags in TAGS.items()}
 
 # ---------------------------------------------------------------------------- the checkpoint ----
 #
-# TensorFlow's .index file is a LevelDB table. Its last 48 bytes point to a block that points to the
-# other blocks. In a block each key leaves out what it shares with the key before. The values are
-# protobuf messages: field 2 is the tensor's shape, 4 and 5 its place and size in the .data file.
+# TensorFlow's .index file is a LevelDB table, here with one block of tensors. Each key leaves out
+# what it shares with the key before. The values are protobuf messages: field 2 is the tensor's
+# shape, 4 and 5 its place and size in the .data file.
 
 
 def varint(data, at):
     """An integer of 7 bits a byte, lowest first -> its value, and where the next thing begins"""
-    value = shift = 0
-    while True:
-        value |= (data[at] & 127) << shift
-        shift, at = shift + 7, at + 1
-        if data[at - 1] < 128:
-            return value, at
+    if data[at] < 128:
+        return data[at], at + 1
+    rest, end = varint(data, at + 1)
+    return data[at] & 127 | rest << 7, end
 
 
-def block(data, place):
-    """Yields the (key, value) pairs of the block at `place`, which holds two varints."""
-    start, at = varint(place, 0)
-    size, _ = varint(place, at)
-    data = data[start : start + size]
+def block(data):
+    """Yields the (key, value) pairs of a block."""
     end = len(data) - 4 - 4 * int.from_bytes(data[-4:], "little")  # what follows is for searching
     at, key = 0, b""
     while at < end:
@@ -73,11 +68,9 @@ def message(data):
     found, at = defaultdict(list), 0
     while at < len(data):
         tag, at = varint(data, at)
-        if tag & 7 == 0:
-            value, at = varint(data, at)
-        else:  # bytes with their length in front, or 4 bytes
-            size, at = varint(data, at) if tag & 7 == 2 else (4, at)
-            value, at = data[at : at + size], at + size
+        value, at = (4, at) if tag & 7 == 5 else varint(data, at)  # a number, or a size in bytes
+        if tag & 7:
+            value, at = data[at : at + value], at + value
         found[tag >> 3].append(value)
     return found
 
@@ -85,13 +78,10 @@ def message(data):
 def read_checkpoint(folder):
     """TensorFlow's checkpoint -> {name: tensor}, without the optimizer's."""
     index, data = ((folder / name).read_bytes() for name in (".index", ".data-00000-of-00001"))
-    _, at = varint(index[-48:], 0)
-    _, at = varint(index[-48:], at)
+    end, _ = varint(index[-48:], 0)  # of the block, and of 5 bytes after it
     tensors = {}
-    for _, place in block(index, index[-48:][at:]):
-        for name, value in block(index, place):
-            if not name or "Adam" in name or name.startswith("beta"):
-                continue
+    for name, value in block(index[: end - 5]):
+        if name and "Adam" not in name and not name.startswith("beta"):
             entry = message(value)
             shape = [message(size)[1][0] for size in message(entry[2][0])[2]]
             values = np.frombuffer(data, np.float32, entry[5][0] // 4, entry.get(4, [0])[0])
@@ -110,8 +100,7 @@ class Tagger:
         wheel = importlib.util.find_spec("musicnn")
         if wheel is None:
             raise ValueError("musicnn is missing: `pip install --no-deps musicnn`")
-        folder = Path(wheel.submodule_search_locations[0]) / f"{name}_musicnn"
-        self.weights = read_checkpoint(folder)
+        self.weights = read_checkpoint(Path(wheel.submodule_search_locations[0], f"{name}_musicnn"))
 
     def layer(self, kind, i, part):
         return self.weights[f"{kind}_{i}/{part}" if i else f"{kind}/{part}"]
@@ -136,8 +125,7 @@ class Tagger:
         x = self.norm(mel[:, None], 0)  # (n, 1, T, 96)
         front = torch.cat([self.convolution(x, i).amax(3) for i in range(5)], 1)  # (n, 561, T)
         # From here on the channels take the place of the pitches.
-        h = self.convolution(front.mT[:, None], 5)[..., 0]  # (n, 64, T)
-        levels = [front, h]
+        levels = [front, self.convolution(front.mT[:, None], 5)[..., 0]]  # (n, 561 and 64, T)
         for i in (6, 7):
             levels.append(levels[-1] + self.convolution(levels[-1].mT[:, None], i)[..., 0])
         h = torch.cat(levels, 1)  # (n, 753, T)
@@ -146,21 +134,16 @@ class Tagger:
         return embedding, self.dense(embedding, "dense_1").sigmoid()
 
 
-@functools.lru_cache
-def mel_filters():
-    from transformers.audio_utils import mel_filter_bank
-
-    filters = mel_filter_bank(FFT // 2 + 1, MELS, 0, RATE / 2, RATE, "slaney", "slaney")
-    return torch.from_numpy(filters).float()  # (257, 96)
-
-
 def patches(audio):
     """audio (S,) at 44.1 kHz -> log-mel patches (n, 187, 96); less than a patch is repeated"""
+    from transformers.audio_utils import mel_filter_bank
+
+    bank = mel_filter_bank(FFT // 2 + 1, MELS, 0, RATE / 2, RATE, "slaney", "slaney")
+    filters = torch.from_numpy(bank).float()  # (257, 96)
     audio = torch.from_numpy(soxr.resample(np.asarray(audio, np.float32), SAMPLE_RATE, RATE))
-    window = torch.hann_window(FFT)
-    spectrum = torch.stft(audio, FFT, HOP, window=window, return_complex=True)
-    mel = torch.log10(1 + 10000 * spectrum.abs().square().T @ mel_filters())  # (T, 96)
-    mel = mel.repeat(-(-PATCH // len(mel)), 1) if len(mel) < PATCH else mel
+    spectrum = torch.stft(audio, FFT, HOP, window=torch.hann_window(FFT), return_complex=True)
+    mel = torch.log10(1 + 10000 * spectrum.abs().square().T @ filters)  # (T, 96)
+    mel = mel.repeat(math.ceil(PATCH / len(mel)), 1)
     return mel[: len(mel) // PATCH * PATCH].view(-1, PATCH, MELS)
 
 
@@ -188,20 +171,16 @@ class Musicnn:
     def listen(self, audio):
         """audio (S,) at 44.1 kHz -> embeddings (n, 200) by MTT, and {tag: score in [0, 1]}, the
         mean over patches, of a tag that both networks know the greater one"""
-        mel, scores = patches(audio), {}
-        for name, tagger in self.taggers.items():
-            embedding, heard = tagger(mel)
-            if name == "MTT":
-                embeddings = embedding
-            for tag, score in zip(TAGS[name], heard.mean(0).tolist()):
-                scores[tag] = max(score, scores.get(tag, 0))
-        return embeddings, scores
+        mel, scores = patches(audio), Counter()
+        heard = {name: tagger(mel) for name, tagger in self.taggers.items()}
+        for name, (_, tags) in heard.items():
+            scores |= dict(zip(TAGS[name], tags.mean(0).tolist()))
+        return heard["MTT"][0], scores
 
     def facts(self, audio):
         """audio (S,) at 44.1 kHz -> {"genre": "ambient electronic", "instrument": "strings and
         flute", "pace": "slow", "bpm": "84"}: what is heard plainly enough, maybe nothing"""
-        _, scores = self.listen(audio)
-        facts = {}
+        scores, facts = self.listen(audio)[1], {}
         for kind, (least, most, tags) in KINDS.items():
             heard = sorted(tags.split("|"), key=scores.get, reverse=True)[:most]
             if heard := [tag for tag in heard if scores[tag] >= least]:
@@ -214,15 +193,13 @@ class Musicnn:
 def tempo(audio):
     """audio (S,) at 44.1 kHz -> beats per minute, or None if no beat is plain: how well the onsets
     match themselves a beat later, in favour of 120 bpm (Ellis, J. New Music Research 36, 2007)."""
-    mel = patches(audio).flatten(0, 1)  # (T, 96)
-    onsets = mel.diff(dim=0).clamp(min=0).mean(1)
+    onsets = patches(audio).flatten(0, 1).diff(dim=0).clamp(min=0).mean(1)
     onsets = onsets - onsets.mean()
     power = torch.fft.rfft(onsets, 2 * len(onsets)).abs().square()
     match = torch.fft.irfft(power)[: len(onsets)] / torch.arange(len(onsets), 0, -1)
     match = match / match[0].clamp(min=1e-12)
-    beats = torch.arange(50, 201)
-    places = 60 * RATE / HOP / beats  # frames from beat to beat
-    low = places.long()
-    at = match[low] + (places - low) * (match[low + 1] - match[low])
-    best = int((at * torch.exp(-0.5 * torch.log2(beats / 120).square())).argmax())
+    beats = np.arange(50, 201)
+    frames = 60 * RATE / HOP / beats  # from beat to beat
+    at = np.interp(frames, np.arange(len(match)), match)
+    best = (at * np.exp(-0.5 * np.log2(beats / 120) ** 2)).argmax()
     return int(beats[best]) if at[best] > 0.15 else None
