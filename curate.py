@@ -21,23 +21,17 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import av  # FFmpeg's libraries
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
-from audio import (
-    SAMPLE_RATE,
-    Picture,
-    audio_blocks,
-    lock_folder,
-    replacing,
-    write_stream,
-    write_text,
-)
+from audio import SAMPLE_RATE, audio_blocks, lock_folder, replacing, write_text
 from codec import load_codec
-from data import Clips, Writer, read_jsonl
-from options import add_arguments, check, check_value, flag, new_parser, option
+from options import add_arguments, check, flag, new_parser, option
+from paper.captions import Describer, Separator, mentions_vocals, read_table
+from paper.musicnn import Musicnn
 
 # --------------------------------------------------------------------- files and their words ----
 #
@@ -70,6 +64,7 @@ class Options:
     one_clip: bool = option(False, "one random clip a track instead of all")
     licence: str = option("unknown", "of the music, if the source does not say")
     seed: int = option(0, "of --one-clip and --choose", "[0, 4294967296)")
+    workers: int = option(1, "processes", "[1, inf)")
 
     def __post_init__(self):
         check(self)
@@ -99,7 +94,7 @@ def folder_tracks(music, options):
     for path, problem in audio_files(music):
         name = Path(os.path.relpath(path, music)).as_posix()
         caption = find_caption(path, [name, path, Path(path).name, Path(path).stem], options)
-        tags = {} if problem else tags_of(path)
+        tags = {} if problem else header(path)[0]
         about = {key: tags[key] for key in ("artist", "licence") if key in tags}
         if not caption[0] and options.captioner in ("none", "musicnn"):
             about["facts"], origin = facts_of(tags, name, options)
@@ -113,13 +108,10 @@ def folder_tracks(music, options):
 def find_caption(path, names, options):
     """A file's caption, and where it comes from; both are empty if there is none. The --captions
     table comes first, which knows the file by one of `names`, then the .txt file of its name."""
-    if options.captions:
-        from paper.captions import read_table
-
-        table = read_table(options.captions)
-        for name in names:
-            if name in table:
-                return table[name], "table"
+    table = read_table(options.captions) if options.captions else {}
+    for name in names:
+        if name in table:
+            return table[name], "table"
     sidecar = Path(path).with_suffix(".txt")
     if not sidecar.is_file():
         return "", ""
@@ -137,24 +129,18 @@ EMPTY = set("track audio music song untitled unknown various artists other misc 
 
 @functools.lru_cache(None)
 def header(path):
-    """What a file's header says -> ({tag as the format calls it: text}, seconds or 0)"""
-    import av
-
+    """What a file's header says -> ({tag: text} by the names of TAGS, without those that say
+    nothing; seconds or 0)"""
     try:
         with av.open(f"file:{path}", metadata_errors="ignore") as opened:
             sources = [*opened.streams.audio[:1], opened]  # Ogg has tags in its stream
-            tags = {k.lower(): v for one in sources for k, v in one.metadata.items()}
-            return tags, (opened.duration or 0) / 1e6
+            found = {k.lower(): v for one in sources for k, v in one.metadata.items()}
+            seconds = (opened.duration or 0) / 1e6
     except av.FFmpegError:  # what is wrong with it is said when it is decoded
         return {}, 0
-
-
-def tags_of(path) -> dict:
-    """{tag: text} of an audio file, by the names of TAGS; without those that say nothing."""
-    found = header(path)[0]
     found = {tag: next(filter(None, map(found.get, names)), "") for tag, names in TAGS.items()}
     found = {tag: " ".join(text.split())[:100] for tag, text in found.items()}
-    return {tag: text for tag, text in found.items() if set(text.lower().split()) - EMPTY}
+    return {tag: text for tag, text in found.items() if set(text.lower().split()) - EMPTY}, seconds
 
 
 def facts_of(tags, name, options):
@@ -178,15 +164,14 @@ def facts_of(tags, name, options):
 
 def sentence(facts, rng):
     """A caption from facts, some of them, in varied words; "music" if there are none."""
-    some = {k: v for k, v in facts.items() if rng.random() < 0.75} or dict(facts)
-    kind = rng.choice(["music", "piece", "track", "tune"])
-    if not some:
+    if not facts:
         return "music"
+    some = {k: v for k, v in facts.items() if rng.random() < 0.75} or dict(facts)
+    some["kind"] = rng.choice(["music", "piece", "track", "tune"])
     forms = dict(
         mood="{}", pace="{}", genre="{}", name="{}", kind="{}", instrument="with {}",
         bpm="at {} bpm", key="in {}", decade="from the {}", title='"{}"', artist="by {}",
     )  # fmt: skip
-    some["kind"] = kind
     return " ".join(form.format(some[k]) for k, form in forms.items() if k in some)
 
 
@@ -199,19 +184,15 @@ def new_track(path, name, caption, options, skip="", **about):
         track |= dict(caption=text, caption_from=origin)
     if "\N{REPLACEMENT CHARACTER}" in text:
         skip = skip or "has a caption that is not UTF-8 text"
-    elif not text and options.captioner == "none":
-        skip = skip or NO_CAPTION
-    elif is_vocal(text, options):
-        skip = skip or VOCAL
+    elif text or options.captioner == "none":
+        skip = skip or fault(text, options)
     return track | (dict(skip=skip) if skip else {})
 
 
-def is_vocal(caption, options):
-    if options.keep_vocal_captions:
-        return False
-    from paper.captions import mentions_vocals
-
-    return mentions_vocals(caption)
+def fault(caption, options):
+    """Why a caption, maybe an empty one, cannot be used, or "" if it can"""
+    vocal = not options.keep_vocal_captions and mentions_vocals(caption)
+    return VOCAL if vocal else "" if caption else NO_CAPTION
 
 
 # --------------------------------------------------------------------- from a track to clips ----
@@ -222,20 +203,13 @@ def load_models(options):
     """-> codec, separator, captioner; the last two are None unless asked for."""
     torch.set_num_threads(1)  # sums in another order can change a code
     codec = load_codec(options.codec)
-    separate = describe = None
     if options.codec != "toy" and torch.cuda.is_available():
         codec.to("cuda")
-    if not options.keep_vocals:
-        from paper.captions import Separator
-
-        separate = Separator()
+    separate = None if options.keep_vocals else Separator()
+    describe = None
     if options.captioner == "musicnn":
-        from paper.musicnn import Musicnn
-
         describe = Musicnn().facts
     elif options.captioner != "none":
-        from paper.captions import Describer
-
         describe = Describer(options.captioner, options.rephraser)
     return codec, separate, describe
 
@@ -258,11 +232,10 @@ def clips_of(path, length):
 def random_clips(path, length, seed):
     """The same clips in an order drawn by the seed and the file's name; short ones only if there is
     no other. Each is read when it is asked for, so only one is in memory."""
-    sizes = [audio.shape[1] for _, audio in clips_of(path, length)]
-    whole = [i for i, size in enumerate(sizes) if size == length] or [0]
+    whole = sum(map(len, audio_blocks(path))) // length
     rng = np.random.default_rng([zlib.crc32(os.fsencode(os.path.basename(path))), seed])
-    for i in rng.permutation(whole):
-        yield next(itertools.islice(clips_of(path, length), int(i), None))
+    for i in rng.permutation(max(1, whole)):
+        yield next(itertools.islice(clips_of(path, length), i, None))
 
 
 def is_silent(audio):
@@ -292,10 +265,8 @@ def make_clip(audio, track, options):
         about["caption_from"] = both if heard else origin
     elif "caption" not in track:
         about["caption"], about["caption_from"] = describe(audio)
-        if not about["caption"]:
-            return None, dict(reason=NO_CAPTION)
-    if is_vocal(about.get("caption", ""), options):
-        return None, dict(reason=VOCAL)
+    if reason := fault((track | about)["caption"], options):
+        return None, dict(reason=reason)
     device = next(codec.parameters(), audio).device
     return codec.encode(audio.to(device))[0].cpu().numpy().astype(np.uint16), about
 
@@ -303,40 +274,35 @@ def make_clip(audio, track, options):
 def make_track(track, file, options):
     """Writes a track's result: the codes of its clips, and in JSON more about the clips and what
     was left out."""
-    hop = load_models(options)[0].hop
+    hop, path = load_models(options)[0].hop, track["path"]
     length = round(options.seconds * SAMPLE_RATE / hop) * hop
-    pieces = clips_of(track["path"], length)
-    if options.one_clip:
-        pieces = random_clips(track["path"], length, options.seed)
-    codes, clips, skipped = [], [], []
+    parts = random_clips(path, length, options.seed) if options.one_clip else clips_of(path, length)
+    made = []  # codes or None, and about them
     try:
-        for start, audio in pieces:
-            clip, about = make_clip(audio, track, options)
-            about = dict(start=start / SAMPLE_RATE) | about
-            if clip is None:
-                skipped.append(about)
-                continue
-            codes.append(clip)
-            clips.append(about)
-            if options.one_clip:
+        for start, audio in parts:
+            codes, about = make_clip(audio, track, options)
+            made.append((codes, dict(start=start / SAMPLE_RATE) | about))
+            if options.one_clip and codes is not None:
                 break
     except ValueError as error:  # the file is damaged somewhere: none of it is trusted
-        codes, clips = [], []
-        skipped = [dict(reason=str(error).removeprefix(track["path"]).lstrip(": "))]
-    if not clips:
+        made = [(None, dict(reason=str(error).removeprefix(path).lstrip(": ")))]
+    skipped = [about for codes, about in made if codes is None]
+    made = [(codes, about) for codes, about in made if codes is not None]
+    if not made:
         skipped = [dict(reason="; ".join(sorted({clip["reason"] for clip in skipped})))]
-    about = json.dumps(dict(clips=clips, skipped=skipped))
+    about = json.dumps(dict(clips=[about for _, about in made], skipped=skipped))
     with replacing(file) as temporary, open(temporary, "wb") as part:
-        np.savez(part, *codes, about=about)  # its arrays are arr_0, arr_1, ...
+        np.savez(
+            part, *(codes for codes, _ in made), about=about
+        )  # its arrays are arr_0, arr_1, ...
 
 
-def make_tracks(todo, options, workers):
+def make_tracks(todo, options):
     """Makes the results [(track, file)] in this process or in several; yields after each."""
-    if workers == 1 or len(todo) < 2:
-        for track, file in todo:
-            yield make_track(track, file, options)
+    if options.workers == 1:
+        yield from (make_track(*pair, options) for pair in todo)
         return
-    with ProcessPoolExecutor(workers, mp.get_context("spawn"), begin_worker) as pool:
+    with ProcessPoolExecutor(options.workers, mp.get_context("spawn"), begin_worker) as pool:
         try:
             for job in as_completed([pool.submit(make_track, *pair, options) for pair in todo]):
                 yield job.result()
@@ -360,7 +326,7 @@ def begin_worker():
 # ------------------------------------------------------------------- from tracks to a folder ----
 
 
-def build(tracks, out, plan, options, workers=1):
+def build(tracks, out, plan, options):
     """Makes the data folder `out`, or what is missing of it. plan: the options that made it."""
     skipped = [dict(path=t["path"], reason=t["skip"]) for t in tracks if "skip" in t]
     usable = [(track, result_file(out, track)) for track in tracks if "skip" not in track]
@@ -375,7 +341,7 @@ def build(tracks, out, plan, options, workers=1):
         todo = [(track, file) for track, file in usable if not file.exists()]
         if all("caption" in track and "facts" not in track for track, _ in todo):
             options = replace(options, captioner="none")  # it would have nothing to do
-        made = make_tracks(todo, options, workers)
+        made = make_tracks(todo, options)
         every = 0.1 if sys.stderr.isatty() else 30  # seconds
         for _ in tqdm(made, total=len(todo), unit="track", mininterval=every, disable=not todo):
             pass
@@ -434,7 +400,7 @@ def join(out, usable, skipped, codec, valid):
     share_out(rows, valid)
     new = out / "new"
     shutil.rmtree(new, ignore_errors=True)
-    writer = Writer(new, codec)
+    writer = data.Writer(new, codec)
     for row in rows:
         file, i = row.pop("codes")
         if row["split"] == "gap":
@@ -484,7 +450,7 @@ def listed(values):
 
 def summarise(folder):
     """Prints a summary of a folder and writes it there."""
-    rows, skipped = read_jsonl(folder / "manifest.jsonl"), read_jsonl(folder / "skipped.jsonl")
+    rows, skipped = (data.read_jsonl(folder / f"{name}.jsonl") for name in ("manifest", "skipped"))
     rate = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["frame_rate"]
     used, unused = {row["path"] for row in rows}, [s for s in skipped if "start" not in s]
     summary = dict(
@@ -509,7 +475,9 @@ def summarise(folder):
 
 def show(folder, n, out, seed):
     """Writes n random clips, as their tokens sound, and their pictures; prints the manifest."""
-    clips = Clips(folder, None, None)
+    from audio import Picture, write_stream
+
+    clips = data.Clips(folder, None, None)
     codec = load_codec(clips.meta["codec"])
     out.mkdir(parents=True, exist_ok=True)
     for number, i in enumerate(np.random.default_rng(seed).permutation(len(clips))[:n]):
@@ -535,6 +503,8 @@ SOURCES = {  # what differs from the options' defaults
 
 
 def main(argv=None):
+    from paper.sources import jamendo_tracks, musiccaps_tracks
+
     parser = new_parser(data.__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=new_parser)
     folder = commands.add_parser("folder", help="your own music, captions in .txt files or a table")
@@ -549,7 +519,6 @@ def main(argv=None):
     musiccaps.add_argument("--choose", type=int, default=200, help="how many, by seed [200]")
     for name, command in dict(folder=folder, jamendo=jamendo, musiccaps=musiccaps).items():
         command.add_argument("--out", type=Path, required=True, help="data folder to make or grow")
-        command.add_argument("--workers", type=int, default=1, help="processes [1]")
         add_arguments(command, Options, **SOURCES[name])
     look = commands.add_parser("show", help="play and plot random clips")
     look.add_argument("folder", type=Path, help="data folder")
@@ -559,16 +528,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.command == "show":
         return show(args.folder, args.n, args.out or args.folder / "show", args.seed)
-    check_value("workers", args.workers, "[1, inf)")
     options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
     plan = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "valid")}
     if args.command == "folder":
         tracks = folder_tracks(args.music, options)
+    elif args.command == "jamendo":
+        tracks = jamendo_tracks(args.metadata, args.audio, args.song_describer, options)
     else:
-        from paper.sources import jamendo_tracks, musiccaps_tracks
-
-        if args.command == "jamendo":
-            tracks = jamendo_tracks(args.metadata, args.audio, args.song_describer, options)
-        else:
-            tracks = musiccaps_tracks(args.table, args.audio, args.choose, options)
-    build(tracks, args.out, plan, options, args.workers)
+        tracks = musiccaps_tracks(args.table, args.audio, args.choose, options)
+    build(tracks, args.out, plan, options)
