@@ -286,15 +286,14 @@ def make_track(track, file, options):
                 break
     except ValueError as error:  # the file is damaged somewhere: none of it is trusted
         made = [(None, dict(reason=str(error).removeprefix(path).lstrip(": ")))]
-    skipped = [about for codes, about in made if codes is None]
-    made = [(codes, about) for codes, about in made if codes is not None]
-    if not made:
-        skipped = [dict(reason="; ".join(sorted({clip["reason"] for clip in skipped})))]
-    about = json.dumps(dict(clips=[about for _, about in made], skipped=skipped))
+    codes = [codes for codes, _ in made if codes is not None]
+    clips = [about for _, about in made if "reason" not in about]
+    skipped = [about for _, about in made if "reason" in about]
+    if not clips:
+        skipped = [dict(reason="; ".join(sorted({about["reason"] for about in skipped})))]
+    about = json.dumps(dict(clips=clips, skipped=skipped))
     with replacing(file) as temporary, open(temporary, "wb") as part:
-        np.savez(
-            part, *(codes for codes, _ in made), about=about
-        )  # its arrays are arr_0, arr_1, ...
+        np.savez(part, *codes, about=about)  # its arrays are arr_0, arr_1, ...
 
 
 def make_tracks(todo, options):
@@ -307,9 +306,8 @@ def make_tracks(todo, options):
             for job in as_completed([pool.submit(make_track, *pair, options) for pair in todo]):
                 yield job.result()
         except BrokenExecutor:
-            raise ValueError(
-                "a worker died (out of memory?): repeat the command, maybe with fewer --workers"
-            ) from None
+            advice = "repeat the command, maybe with fewer --workers"
+            raise ValueError(f"a worker died (out of memory?): {advice}") from None
         except BaseException:  # an error in a worker, or Ctrl-C
             for process in mp.active_children():
                 process.terminate()
@@ -319,8 +317,7 @@ def make_tracks(todo, options):
 def begin_worker():
     """A worker leaves Ctrl-C to its parent, and ends when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent = lambda: os._exit(mp.parent_process().join() or 1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=lambda: os._exit(mp.parent_process().join() or 1), daemon=True).start()
 
 
 # ------------------------------------------------------------------- from tracks to a folder ----
@@ -343,8 +340,7 @@ def build(tracks, out, plan, options):
             options = replace(options, captioner="none")  # it would have nothing to do
         made = make_tracks(todo, options)
         every = 0.1 if sys.stderr.isatty() else 30  # seconds
-        for _ in tqdm(made, total=len(todo), unit="track", mininterval=every, disable=not todo):
-            pass
+        list(tqdm(made, total=len(todo), unit="track", mininterval=every, disable=not todo))
         join(out, usable, skipped, codec, options.valid)
 
 
@@ -357,11 +353,10 @@ def result_file(out, track):
 def check_plan(out, plan):
     """ValueError if the folder holds what other options, or another program, made."""
     file = out / "plan.json"
-    if not any(out.glob("tracks/*.npz")) and not (out / "manifest.jsonl").exists():
-        return
-    if not file.exists():
+    held = any(out.glob("tracks/*.npz")) or (out / "manifest.jsonl").exists()
+    if held and not file.exists():
         raise ValueError(f"{out} holds clips that this command did not make: choose another --out")
-    old = json.loads(file.read_text(encoding="utf-8"))
+    old = json.loads(file.read_text(encoding="utf-8")) if held else plan
     for name, value in plan.items():
         if old.get(name) != value:
             changed = f"{flag(name)} {old.get(name)!r}, not {value!r}"
@@ -426,22 +421,14 @@ def share_out(rows, valid):
     free = [row for row in rows if "split" not in row]
     sizes = Counter(row["path"] for row in free)
     by_time = len(sizes) < 10 and len(free) == len(rows) > len(sizes)
-    checksum = lambda row: zlib.crc32(os.fsencode(row.get("artist", row["track"])))
-    low, high = (choose(map(checksum, free), default=0) for choose in (min, max))
-    for row in free:
-        if not valid:
-            row["split"] = "train"
-        elif by_time:
-            i, size = row["codes"][1], sizes[row["path"]]
-            first = size - min(max(1, round(valid * size)), size - 1)
-            gap = size >= 10 and i == first - 1
-            row["split"] = "valid" if i >= first else "gap" if gap else "train"
-        else:
-            chosen = checksum(row) <= max(low, valid * 2**32) and checksum(row) < high
-            row["split"] = "valid" if chosen else "train"
-
-
-# ----------------------------------------------------------------------- looking at the data ----
+    checksums = [zlib.crc32(os.fsencode(row.get("artist", row["track"]))) for row in free]
+    low, high = (choose(checksums, default=0) for choose in (min, max))
+    for row, checksum in zip(free, checksums):
+        i, size = row["codes"][1], sizes[row["path"]]
+        first = size - min(max(1, round(valid * size)), size - 1)
+        chosen = i >= first if by_time else checksum <= max(low, valid * 2**32) and checksum < high
+        gap = by_time and size >= 10 and i == first - 1
+        row["split"] = "train" if not valid else "gap" if gap else "valid" if chosen else "train"
 
 
 def listed(values):
@@ -492,8 +479,7 @@ def show(folder, n, out, seed):
 
 # -------------------------------------------------------------------------- the command line ----
 
-SOURCES = {  # what differs from the options' defaults
-    "folder": {},
+DEFAULTS = {  # of the paper's corpora, where they differ from the options'
     "jamendo": dict(
         keep_vocals=False, keep_vocal_captions=False, one_clip=True,
         captioner="seungheondoh/lp-music-caps", rephraser="meta-llama/Meta-Llama-3-8B-Instruct",
@@ -517,9 +503,9 @@ def main(argv=None):
     musiccaps.add_argument("table", help="musiccaps-public.csv")
     musiccaps.add_argument("audio", help="folder of clips that you have: YTID.wav and so on")
     musiccaps.add_argument("--choose", type=int, default=200, help="how many, by seed [200]")
-    for name, command in dict(folder=folder, jamendo=jamendo, musiccaps=musiccaps).items():
+    for name, command in commands.choices.items():
         command.add_argument("--out", type=Path, required=True, help="data folder to make or grow")
-        add_arguments(command, Options, **SOURCES[name])
+        add_arguments(command, Options, **DEFAULTS.get(name, {}))
     look = commands.add_parser("show", help="play and plot random clips")
     look.add_argument("folder", type=Path, help="data folder")
     look.add_argument("--n", type=int, default=4, help="how many [4]")
