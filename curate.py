@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from audio import SAMPLE_RATE, audio_blocks, lock_folder, replacing, write_text
+from audio import FRAME_RATE, SAMPLE_RATE, audio_blocks, lock_folder, replacing, write_text
 from codec import load_codec
 from options import add_arguments, check, flag, new_parser, option
 from paper.captions import Describer, Separator, mentions_vocals, read_table
@@ -384,8 +384,7 @@ def join(out, usable, skipped, codec, valid):
     folder of its own and then moved, the manifest last."""
     rows = []
     for track, file in usable:
-        with np.load(file) as stored:
-            result = json.loads(stored["about"].item())
+        result = json.loads(np.load(file)["about"].item())
         rows += [track | clip | dict(codes=(file, i)) for i, clip in enumerate(result["clips"])]
         skipped += [dict(path=track["path"]) | line for line in result["skipped"]]
     for file in {*(out / "tracks").iterdir()} - {row["codes"][0] for row in rows}:
@@ -402,8 +401,7 @@ def join(out, usable, skipped, codec, valid):
             reason = "is the gap between training and validation"
             skipped.append(dict(path=row["path"], start=row["start"], reason=reason))
             continue
-        with np.load(file) as stored:
-            writer.add([(stored[f"arr_{i}"], row)])
+        writer.add([(np.load(file)[f"arr_{i}"], row)])
     write_text(new / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in skipped))
     summarise(new)
     for old in [out / "manifest.jsonl", *out.glob("codes-*.bin")]:
@@ -438,10 +436,9 @@ def listed(values):
 def summarise(folder):
     """Prints a summary of a folder and writes it there."""
     rows, skipped = (data.read_jsonl(folder / f"{name}.jsonl") for name in ("manifest", "skipped"))
-    rate = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["frame_rate"]
     used, unused = {row["path"] for row in rows}, [s for s in skipped if "start" not in s]
     summary = dict(
-        hours=round(sum(row["frames"] for row in rows) / rate / 3600, 4),
+        hours=round(sum(row["frames"] for row in rows) / FRAME_RATE / 3600, 4),
         clips=len(rows),
         tracks=len(used),
         files_found=len(used) + len(unused),
