@@ -189,6 +189,8 @@ def _decoded(path):
             if not container.streams.audio:
                 raise ValueError(f"{path} holds no audio")
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise ValueError(f"{path} holds audio that cannot be decoded")
             if not 1000 <= stream.rate <= 1_000_000:
                 raise ValueError(f"{path} claims a sample rate of {stream.rate} Hz")
             to_float = av.AudioResampler(format="fltp")

@@ -117,7 +117,9 @@ def load_text_encoder(folder) -> TextEncoder:
         else:
             encoder = TextEncoder.pretrained(config["name"])
         encoder.fill = config.get("fill", 0)
-    except (KeyError, TypeError, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except Exception as error:  # tokenizers raises bare ones
+        if isinstance(error, ValueError) and "could not be loaded" in str(error):
+            raise
         reason = f"its config.json or tokenizer.json is broken ({error!r})"
         raise ValueError(f"{folder} holds no text encoder: {reason}") from None
     if config.get("stored"):

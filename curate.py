@@ -78,7 +78,9 @@ def audio_files(root):
     seen, found = {os.path.realpath(root)}, []
     failed = lambda error: found.append((error.filename, f"cannot be read: {error.strerror}"))
     for folder, names, files in os.walk(root, followlinks=True, onerror=failed):
+        # Not into data folders: `show` writes clips there.
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(names)}
+        real = {n: r for n, r in real.items() if not os.path.exists(f"{r}/plan.json")}
         names[:] = [name for name in real if real[name] not in seen]
         seen.update(real.values())
         for path in (os.path.join(folder, name) for name in files):
@@ -345,8 +347,12 @@ def build(tracks, out, plan, options):
 
 
 def result_file(out, track):
-    """A track's file in tracks/: a file of another size, or a first caption, has another name."""
-    name = json.dumps([track["path"], track["bytes"], "caption" in track])
+    """A track's file in tracks/: other audio, or a first caption, has another name."""
+    with open(track["path"], "rb") as audio:  # its beginning and its middle
+        some = audio.read(1 << 16)
+        audio.seek(track["bytes"] // 2)
+        some += audio.read(1 << 16)
+    name = json.dumps([track["path"], track["bytes"], zlib.crc32(some), "caption" in track])
     return out / "tracks" / f"{hashlib.sha1(name.encode()).hexdigest()}.npz"
 
 

@@ -54,12 +54,21 @@ class Clips:
             self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             rows = [r for r in read_jsonl(folder / "manifest.jsonl") if split in (r["split"], None)]
             self.rows = [row for row in rows if row["codebooks"] >= (codebooks or 1)]
+            numbers = [self.meta["codebook_size"]]
+            for row in self.rows:
+                numbers += [row[key] for key in ("shard", "offset", "frames", "codebooks")]
+                if not isinstance(row.get("caption", ""), str):
+                    raise ValueError(f"the caption {row['caption']!r}")
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise ValueError("a number is missing")
+            made = self.meta["codec"]
         except OSError:
             make = f"make some with `python data.py folder MUSIC --out {folder}`"
             raise ValueError(f"no data at {folder}: {make}") from None
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"the manifest of {folder} is broken ({error!r})") from None
-        made = self.meta["codec"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"the manifest or meta.json of {folder} is broken ({error!r})"
+            ) from None
         if codec not in (None, made):
             raise ValueError(f"{folder} was made by the codec {made!r}, the model reads {codec!r}")
         if not self.rows:

@@ -16,9 +16,12 @@ def option(default, help, valid=None):
 
 
 def check(config):
-    """ValueError, in one sentence, if a field of the dataclass is outside its valid values."""
+    """ValueError, in one sentence, if a field is of another type or outside its valid values."""
     for item in fields(config):
-        check_value(item.name, getattr(config, item.name), item.metadata.get("valid"))
+        value = getattr(config, item.name)
+        if type(value) is not item.type and (item.type, type(value)) != (float, int):
+            raise ValueError(f"{flag(item.name)} must be {item.type.__name__}, not {value!r}")
+        check_value(item.name, value, item.metadata.get("valid"))
 
 
 def check_value(name, value, valid):

@@ -198,6 +198,10 @@ class Data:
         self.train = Clips(self.folder, "train", *kind)
         self.valid = Clips(self.folder, "valid", *kind)
         self.codec_name = self.train.meta["codec"]
+        size = self.train.meta["codebook_size"]
+        if size != model_config.codebook_size:
+            has = f"the codebooks of {self.folder} have {size} entries"
+            raise ValueError(f"{has}: --codebook-size must be {size}")
         self.codec = load_codec(self.codec_name) if self.refining else None
         self.fingerprint = hashlib.sha1((self.folder / "manifest.jsonl").read_bytes()).hexdigest()
 
@@ -625,7 +629,10 @@ def resumed(run, named):
     saved = checkpoint.read_config(run / "last")
     kind = RefinerConfig if is_refiner(saved) else LMConfig
     model = checkpoint.read_model_config(run / "last", kind)
-    return model, TrainConfig(**saved["train"]), run
+    try:
+        return model, TrainConfig(**saved["train"]), run
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run}/last/config.json is damaged: {error!r}") from None
 
 
 if __name__ == "__main__":

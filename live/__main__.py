@@ -153,14 +153,13 @@ def main(argv=None):
     shown = "127.0.0.1" if args.host == "0.0.0.0" else args.host
     url = f"http://{shown}:{args.port}"
 
-    async def ready(runner):
+    def ready(_):  # aiohttp calls it once it has the port
         print(f"{url}  (Ctrl-C ends it)", flush=True)
         if not args.no_browser:
             webbrowser.open(url)
 
     app = Live(system, args.listeners, args.host).app()
-    app.on_startup.append(ready)
-    web.run_app(app, host=args.host, port=args.port, print=None)
+    web.run_app(app, host=args.host, port=args.port, print=ready)
 
 
 if __name__ == "__main__":

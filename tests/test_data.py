@@ -598,6 +598,53 @@ def test_silent_clips_go_and_are_named(tmp_path):
     assert len(lines(tmp_path / "all/manifest.jsonl")) == len(kept) + len(skipped)
 
 
+def test_other_music_of_the_same_size_is_encoded_again(tmp_path):
+    command = ["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d"), "--seconds", "2"]
+    for pitch in (300, 900):
+        write_song(tmp_path / "music/a.wav", tone(4, pitch=pitch))
+        data.main(command)
+        codes = (tmp_path / "d/codes-00000.bin").read_bytes()
+        data.main([*command[:3], str(tmp_path / f"{pitch}"), *command[4:]])
+        assert codes == (tmp_path / f"{pitch}/codes-00000.bin").read_bytes()
+
+
+def test_a_data_folder_inside_the_music_is_no_music(tmp_path):
+    write_song(tmp_path / "music/a.wav", tone(4))
+    out = tmp_path / "music/data"
+    command = ["folder", str(tmp_path / "music"), "--out", str(out), "--seconds", "2"]
+    data.main(command)
+    data.main(["show", str(out), "--n", "1"])
+    data.main(command)
+    assert {row["track"] for row in lines(out / "manifest.jsonl")} == {"a.wav"}
+
+
+def test_audio_that_cannot_be_decoded_is_named_and_stops_nothing(tmp_path):
+    write_song(tmp_path / "music/a.wav", tone(4))
+    wav = bytearray((tmp_path / "music/a.wav").read_bytes())
+    wav[34:36] = bytes(2)  # no bits a sample: no decoder
+    (tmp_path / "music/b.wav").write_bytes(wav)
+    data.main(["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d"), "--seconds", "2"])
+    (skipped,) = lines(tmp_path / "d/skipped.jsonl")
+    assert skipped["path"].endswith("b.wav") and "cannot be decoded" in skipped["reason"]
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("meta.json", "null"),
+        ("meta.json", '{"codec": "toy"}'),
+        ("manifest.jsonl", "null\n"),
+        ("manifest.jsonl", '{"split": "train", "codebooks": "9"}\n'),
+        ("manifest.jsonl", '{"split": "train", "codebooks": 9, "shard": 0, "frames": null}\n'),
+    ],
+)
+def test_a_damaged_data_folder_is_one_sentence(tmp_path, file, text):
+    Writer(tmp_path, CODEC).add(some_clips(2))
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match="meta.json of .* is broken"):
+        Clips(tmp_path, "train")
+
+
 def test_show_lists_plays_and_plots(songs, tmp_path, capsys):
     _, command, _ = songs
     data.main([*command, str(tmp_path / "d")])

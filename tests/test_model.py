@@ -420,3 +420,9 @@ def test_a_broken_tokenizer_is_named(tmp_path):
     file.write_text(file.read_text()[:100])
     with pytest.raises(ValueError, match="tokenizer.json"):
         checkpoint.load_text_encoder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("values", [dict(blocks=None), dict(d_state=3.5), dict(dropout="0")])
+def test_options_of_another_type_are_refused(values):
+    with pytest.raises(ValueError, match="must be (int|float), not"):
+        LMConfig(**values)

@@ -409,6 +409,22 @@ def test_a_refiner_is_distilled(tmp_path):
     assert read_config(tmp_path / "again/last")["sampling"] == {}
 
 
+def test_a_codebook_of_another_size_than_the_datas_is_told_before_training(run):
+    with pytest.raises(ValueError, match="have 1024 entries: --codebook-size must be 1024"):
+        run("--codebook-size", "1025", "--steps", "1")
+
+
+def test_a_damaged_config_is_one_sentence_when_resumed(run):
+    folder = run("--steps", "2", "--no-compile")
+    file = folder / "last/config.json"
+    for name, value in dict(steps="4", valid_every=None, unknown=1).items():
+        config = json.loads(file.read_text())
+        config["train"][name] = value
+        file.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="must be int|is damaged"):
+            train.main(["--resume", str(folder)])
+
+
 def test_a_checkpoint_says_what_it_is(run, data):
     (data / "manifest.jsonl").write_text(
         "".join(
