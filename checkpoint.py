@@ -67,14 +67,15 @@ def read_config(folder) -> dict:
         return theirs[0]
     file = local(folder) / "config.json"
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return config | dict(model=dict(config["model"]))
     except OSError:
         raise ValueError(
             f"no checkpoint at {folder}: neither a folder with config.json, as train.py makes, nor "
             "a .ckpt file of the paper's authors, nor a model that huggingface.co would give"
         ) from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is broken: not a JSON object ({error})") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is broken: it describes no model ({error!r})") from None
 
 
 @functools.lru_cache(None)
