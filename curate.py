@@ -18,6 +18,7 @@ import threading
 import zlib
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -348,7 +349,9 @@ def build(tracks, out, plan, options):
 
 def result_file(out, track):
     """A track's file in tracks/: other audio, or a first caption, has another name."""
-    with open(track["path"], "rb") as audio:  # its beginning and its middle
+    some = b""
+    # Its beginning and its middle; what cannot be read is told when it is decoded.
+    with suppress(OSError), open(track["path"], "rb") as audio:
         some = audio.read(1 << 16)
         audio.seek(track["bytes"] // 2)
         some += audio.read(1 << 16)
