@@ -110,19 +110,17 @@ def load_text_encoder(folder) -> TextEncoder:
     """The text encoder that a checkpoint's model was trained with, in eval mode."""
     folder, config = local(folder), read_config(folder).get("text")
     try:
-        if config["name"] == "small":
+        name, fill = config["name"], config.get("fill", 0)
+        if name == "small":
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-            json.loads(tokenizer)  # a ValueError if it is cut short
             shape = (config[key] for key in ("d_model", "layers", "max_tokens"))
             encoder = TextEncoder.small(tokenizer, *shape)
-        else:
-            encoder = TextEncoder.pretrained(config["name"])
-        encoder.fill = config.get("fill", 0)
     except Exception as error:  # tokenizers raises bare ones
-        if isinstance(error, ValueError) and "could not be loaded" in str(error):
-            raise
         reason = f"its config.json or tokenizer.json is broken ({error!r})"
         raise ValueError(f"{folder} holds no text encoder: {reason}") from None
+    if name != "small":
+        encoder = TextEncoder.pretrained(name)
+    encoder.fill = fill
     if config.get("stored"):
         load_weights(encoder.encoder, folder, "text.")
     return encoder.eval()

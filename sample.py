@@ -66,7 +66,10 @@ class Sampling:
         check(self)
 
 
-EDGE = 0.04  # of the trained length: what is not played of longer music, since clips fade out
+def played(lm):
+    """Frames after which a model reads its text again: 96% of its trained length, since training
+    clips fade out at their end."""
+    return lm.config.trained_frames - round(0.04 * lm.config.trained_frames)
 
 
 def remembered(lm):
@@ -125,7 +128,7 @@ def generate(
     trained = lm.config.trained_frames
     if kept is None:
         kept = remembered(lm) if lm.config.prefix else 0
-    end = trained - round(EDGE * trained)
+    end = played(lm)
     steps = frames + K - 1
     # The next K - 1 columns are known in part: fine codes of the music so far, one frame behind
     # each other in the delay pattern.

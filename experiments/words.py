@@ -112,7 +112,7 @@ def ten_seconds(system, prompts, codes, start):
 
 def readings(lm, frames):
     """The frames at which `sample.generate` reads the text again."""
-    end = lm.config.trained_frames - round(sample.EDGE * lm.config.trained_frames)
+    end = sample.played(lm)
     return np.arange(end, frames - 180, end - sample.remembered(lm))
 
 

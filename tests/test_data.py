@@ -560,7 +560,7 @@ def test_however_it_ends_no_worker_is_left(tmp_path, ended, by, code):
     wait_until(lambda: made() and len(children(run)) == 2 or run.poll() is not None)
     workers = children(run)
     os.kill(min(workers) if ended == "worker" else run.pid, getattr(signal, f"SIG{by}"))
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=20)
     assert run.returncode == code, err
     assert "Traceback" not in err
     if ended == "worker":
