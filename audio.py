@@ -5,6 +5,8 @@ B batch · S samples · T frames, T = ceil(S / 512) · D bands · F = 1025 bins
 
 import os
 import tempfile
+import textwrap
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -115,9 +117,12 @@ class Picture:
         axis = figure.subplots()
         look = dict(origin="lower", aspect="auto", cmap="magma", vmin=mel.max() - 80)
         image = axis.imshow(mel, extent=size, **look)
-        axis.set(title=title.replace("$", r"\$"), xlabel="seconds", ylabel="mel band")
+        axis.set(
+            title=textwrap.fill(title, 90).replace("$", r"\$"), xlabel="seconds", ylabel="mel band"
+        )
         figure.colorbar(image, label="dB")
-        figure.savefig(path, dpi=110)
+        with warnings.catch_warnings(action="ignore"):  # letters that no font here has
+            figure.savefig(path, dpi=110)
 
 
 # ----------------------------------------------------------------------- audio of any length ----
@@ -237,7 +242,7 @@ def write_stream(path, chunks, samples=0):
                 for chunk in chunks:
                     file.write(np.asarray(chunk))
     except soundfile.LibsndfileError as error:
-        raise OSError(f"{path} could not be written: {error.error_string}") from None
+        raise OSError(f"{path} could not be written; is the disk full? ({error})") from None
 
 
 def ensure_writable(folder):

@@ -194,6 +194,7 @@ def load_trainer(folder, parameters, optimizer, averaged, processes) -> dict:
     try:
         with safe_open(file, "pt") as opened:
             about = json.loads(opened.metadata()["about"])
+        about = dict(step=int(about["step"]), best=float(about["best"]), data=about["data"])
         share = lambda name, p: processes.share_of(tensors[name].to(p.device), p)
         for name, p in parameters.items():
             p.copy_(share(f"trained.{name}", p))

@@ -53,7 +53,7 @@ class Options:
     """What becomes of a track."""
 
     codec: str = option("toy", "toy (ships with this code) or dac (the paper's)", ["toy", "dac"])
-    seconds: float = option(30.0, "length of a clip", "[1, inf)")
+    seconds: float = option(30.0, "length of a clip", "[1, 3600]")
     valid: float = option(0.1, "share kept for validation, if the source has no splits", "[0, 1)")
     captions: str = option("", "table with columns path and caption")
     titles: bool = option(False, "captions made from tags may name title and artist")
@@ -65,7 +65,7 @@ class Options:
     one_clip: bool = option(False, "one random clip a track instead of all")
     licence: str = option("unknown", "of the music, if the source does not say")
     seed: int = option(0, "of --one-clip and --choose", "[0, 4294967296)")
-    workers: int = option(1, "processes", "[1, inf)")
+    workers: int = option(1, "processes", "[1, 1000]")
 
     def __post_init__(self):
         check(self)
@@ -79,11 +79,12 @@ def audio_files(root):
     seen, found = {os.path.realpath(root)}, []
     failed = lambda error: found.append((error.filename, f"cannot be read: {error.strerror}"))
     for folder, names, files in os.walk(root, followlinks=True, onerror=failed):
+        below = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(names)[::-1]}
+        for real in below.keys() & seen:
+            del below[real]
         # Not into data folders: `show` writes clips there.
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(names)}
-        real = {n: r for n, r in real.items() if not os.path.exists(f"{r}/plan.json")}
-        names[:] = [name for name in real if real[name] not in seen]
-        seen.update(real.values())
+        names[:] = sorted(n for real, n in below.items() if not os.path.exists(f"{real}/plan.json"))
+        seen.update(below)
         for path in (os.path.join(folder, name) for name in files):
             if os.path.splitext(path)[1].lower() in AUDIO:
                 usable = os.path.isfile(path)
@@ -368,7 +369,8 @@ def check_plan(out, plan):
     old = json.loads(file.read_text(encoding="utf-8")) if held else plan
     for name, value in plan.items():
         if old.get(name) != value:
-            changed = f"{flag(name)} {old.get(name)!r}, not {value!r}"
+            said = flag(name) if hasattr(Options, name) else name
+            changed = f"{said} {old.get(name)!r}, not {value!r}"
             raise ValueError(f"{out} was made with {changed}: choose another --out")
 
 
@@ -500,7 +502,7 @@ def main(argv=None):
     parser = new_parser(data.__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=new_parser)
     folder = commands.add_parser("folder", help="your own music, captions in .txt files or a table")
-    folder.add_argument("music", type=os.path.normpath, help="audio, searched to any depth")
+    folder.add_argument("music", type=os.path.abspath, help="audio, searched to any depth")
     jamendo = commands.add_parser("jamendo", help="MTG-Jamendo, the paper's training corpus")
     jamendo.add_argument("metadata", help="a clone of github.com/MTG/mtg-jamendo-dataset")
     jamendo.add_argument("audio", help="folder of raw_30s: 00/7400.mp3 and so on")

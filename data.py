@@ -73,7 +73,7 @@ class Clips:
             raise ValueError(f"{folder} was made by the codec {made!r}, the model reads {codec!r}")
         if not self.rows:
             raise ValueError(f"{folder} has no {split} clips with {codebooks} codebook(s)")
-        self.codebooks = codebooks
+        self.folder, self.codebooks = folder, codebooks
         shards = {row["shard"] for row in self.rows}
         self.shards = {i: np.memmap(folder / f"codes-{i:05}.bin", np.uint16, "r") for i in shards}
 
@@ -83,12 +83,16 @@ class Clips:
     def codes(self, i, start=0, frames=None):
         """Codes (codebooks, frames) of clip i from frame `start`, padded with the special token."""
         row = self.rows[i]
-        K, T = row["codebooks"], row["frames"]
-        clip = self.shards[row["shard"]][row["offset"] : row["offset"] + K * T].reshape(K, T)
+        K, T, size = row["codebooks"], row["frames"], self.meta["codebook_size"]
+        clip = self.shards[row["shard"]][row["offset"] : row["offset"] + K * T]
+        if len(clip) < K * T or clip.max(initial=0) >= size:
+            raise ValueError(
+                f"{self.folder}: codes-{row['shard']:05}.bin is damaged; make it again"
+            )
         frames = T - start if frames is None else frames
-        clip = clip[: self.codebooks, start : start + frames].astype(np.int64)
+        clip = clip.reshape(K, T)[: self.codebooks, start : start + frames].astype(np.int64)
         missing = (0, 0), (0, frames - clip.shape[1])
-        return np.pad(clip, missing, constant_values=self.meta["codebook_size"])
+        return np.pad(clip, missing, constant_values=size)
 
     def batch(self, first, count, frames, seed, describe, caption_dropout=0.0, window=0):
         """Samples `first` ... `first + count - 1` of an endless shuffle: a pure function of the

@@ -1,6 +1,7 @@
 """Command lines made from dataclasses. An option is a field, which says its default, its help and
 its valid values: train.TrainConfig shows it. Help, checks and error messages are made from that."""
 
+import os
 import signal
 import sys
 import threading
@@ -71,7 +72,14 @@ def entry(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # in a terminal without UTF-8; as stderr does
     try:
         main()
-    except (ValueError, OSError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        if isinstance(error, (MemoryError, RuntimeError)):
+            error = "out of memory: smaller sizes, --batch above all, need less"
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

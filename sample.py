@@ -59,7 +59,7 @@ class Sampling:
 
     guidance: float = option(3.0, "how strictly to follow the text; 1: not amplified", "[0, 100]")
     temperature: float = option(1.2, "above 1 more varied, below 1 safer", "[0.01, 100]")
-    top_k: int = option(250, "choose among the K likeliest tokens", "[1, inf)")
+    top_k: int = option(250, "choose among the K likeliest tokens", "[1, 1e9]")
     top_p: float = option(1.0, "and of those the fewest that reach this share", "(0, 1]")
 
     def __post_init__(self):
@@ -355,8 +355,11 @@ def ahead(items, depth=4):
 
 def stored_sampling(folder) -> dict:
     """The `Sampling` that a checkpoint was shipped with, else the paper's."""
+    config = read_config(folder)
+    if is_refiner(config):
+        raise ValueError(f"{folder} holds a refiner: it goes with --refiner")
     try:
-        return asdict(Sampling(**read_config(folder).get("sampling", {})))
+        return asdict(Sampling(**config.get("sampling", {})))
     except TypeError:
         raise ValueError(f'{folder}/config.json: "sampling" holds unknown options') from None
 
@@ -547,12 +550,9 @@ def play(chunks, sample_rate, to_stdout):
             raise ValueError("--play needs `aplay` or sox's `play`: apt-get install alsa-utils")
         player = subprocess.Popen([*command, str(sample_rate)], stdin=subprocess.PIPE)
         sink = player.stdin
-    try:
-        for chunk in chunks:
-            sink.write(pcm(chunk))
-            sink.flush()
-    except BrokenPipeError:  # the listener closed the stream
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for chunk in chunks:
+        sink.write(pcm(chunk))
+        sink.flush()
     if player:
         player.stdin.close()
         player.wait()

@@ -58,29 +58,29 @@ class TrainConfig:
     init_from: str = option("", "fine-tune this checkpoint; toy: the one that ships")
     distill: bool = option(False, "of a refiner: learn to play --init-from's guidance in one pass")
     text_encoder: str = option("google/flan-t5-base", "a published T5; toy: the one that ships")
-    train_text_encoder: float = option(0.0, "its own learning rate; 0: frozen", "[0, inf)")
-    steps: int = option(100_000, "optimizer steps", "[1, inf)")
-    seconds: float = option(30.0, "length of a training clip", "(0, inf)")
-    batch: int = option(4, "clips in a micro-batch", "[1, inf)")
-    accumulate: int = option(32, "micro-batches in a step", "[1, inf)")
-    crop: float = option(30.0, "start with clips of this many seconds, then double", "(0, inf)")
+    train_text_encoder: float = option(0.0, "its own learning rate; 0: frozen", "[0, 1e9]")
+    steps: int = option(100_000, "optimizer steps", "[1, 1e9]")
+    seconds: float = option(30.0, "length of a training clip", "(0, 3600]")
+    batch: int = option(4, "clips in a micro-batch", "[1, 1e9]")
+    accumulate: int = option(32, "micro-batches in a step", "[1, 1e9]")
+    crop: float = option(30.0, "start with clips of this many seconds, then double", "(0, 3600]")
     crop_until: float = option(0.0, "share of the steps until clips are whole", "[0, 1]")
     lr: float = option(1e-4, "learning rate after the warm-up; then a cosine to 0", "(0, 1]")
-    warmup: int = option(100, "steps of linear warm-up", "[0, inf)")
+    warmup: int = option(100, "steps of linear warm-up", "[0, 1e9]")
     beta2: float = option(0.999, "AdamW's second beta", "[0, 1)")
     weight_decay: float = option(2e-2, "on matrices only", "[0, 1]")
-    clip: float = option(1.0, "largest norm of the gradient", "(0, inf)")
+    clip: float = option(1.0, "largest norm of the gradient", "(0, 1e9]")
     label_smoothing: float = option(0.0, "in training, not in validation", "[0, 1)")
     caption_dropout: float = option(0.1, "share of captions replaced by the empty one", "[0, 1]")
     ema: float = option(0.0, "decay of the averaged weights that are kept; 0: none", "[0, 1)")
     seed: int = option(0, "of weights, data order, captions and dropout", "[0, 4294967296)")
-    valid_every: int = option(1000, "steps between validations (and checkpoints)", "[1, inf)")
-    valid_clips: int = option(256, "clips of a validation", "[1, inf)")
-    keep_every: int = option(0, "also keep every so many steps as step-N; 0: none", "[0, inf)")
+    valid_every: int = option(1000, "steps between validations (and checkpoints)", "[1, 1e9]")
+    valid_clips: int = option(256, "clips of a validation", "[1, 1e9]")
+    keep_every: int = option(0, "also keep every so many steps as step-N; 0: none", "[0, 1e9]")
     compile: bool = option(True, "torch.compile: faster after a minute or two")
-    recompute: int = option(0, "blocks recomputed in the backward pass", "[0, inf)")
+    recompute: int = option(0, "blocks recomputed in the backward pass", "[0, 1e9]")
     fsdp: bool = option(False, "under torchrun: shard the weights")
-    device: str = option("", "cpu, cuda or mps; empty: cuda where there is one, else cpu")
+    device: str = option("", "empty: cuda where there is one, else cpu", ["", "cpu", "cuda", "mps"])
 
     def __post_init__(self):
         check(self)
@@ -445,8 +445,9 @@ def trained_parameters(objective):
 
 @torch.no_grad()
 def validate(model, objective, data, config):
-    """Losses on held-out clips, in windows as long as training's longest, with the right captions,
-    with those of other clips ("shuffled") and without ("empty").
+    """Losses on held-out clips, drawn at random but always the same, in windows as long as
+    training's longest: with the right captions, with those of other clips ("shuffled") and without
+    ("empty").
 
     Of a language model: nats per token, and those of the first second of each window, where the
     text is all there is to go by ("right_1s"). Of a refiner: the squared error of v, and the same
@@ -456,21 +457,22 @@ def validate(model, objective, data, config):
     model.eval()
     device = next(model.parameters()).device
     clips, length = data.valid, longest(config)
-    count = min(config.valid_clips, len(clips))
-    captions = [data.describe(clips.rows[i], np.random.default_rng([17, i])) for i in range(count)]
-    others = {"right": captions, "shuffled": captions[1:] + captions[:1], "empty": [""] * count}
-    windows = []  # (clip, first frame); what is left at the end of a clip is not read
-    for i in range(count):
+    # In the manifest's order, neighbours are often of one track.
+    chosen = np.random.default_rng(17).permutation(len(clips))[: config.valid_clips]
+    captions = [data.describe(clips.rows[i], np.random.default_rng([17, i])) for i in chosen]
+    others = dict(right=captions, shuffled=captions[1:] + captions[:1], empty=[""] * len(chosen))
+    windows = []  # (number of the caption, clip, first frame); the rest of a clip is not read
+    for number, i in enumerate(chosen):
         last = max(0, clips.rows[i]["frames"] - length)
-        windows += [(i, start) for start in range(0, last + 1, length)]
+        windows += [(number, i, start) for start in range(0, last + 1, length)]
     measure = refiner_losses if objective.codec else lm_losses
     losses = defaultdict(list)
     for kind, texts in others.items():
         for first in range(0, len(windows), config.batch):
             part = windows[first : first + config.batch]
-            codes = np.stack([clips.codes(i, start, length) for i, start in part])
+            codes = np.stack([clips.codes(i, start, length) for _, i, start in part])
             codes = torch.from_numpy(codes).to(device)
-            words = [texts[i] for i, _ in part]
+            words = [texts[number] for number, *_ in part]
             with autocast(device):
                 found = measure(model, objective, codes, words, seed=first)
             for suffix, some in found.items():
@@ -507,6 +509,7 @@ class Log:
             lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be cut
             try:
                 self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+                [float(value) for row in self.rows for value in row.values()]  # all are numbers
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path} is damaged: remove it to continue without it") from None
         if writes:
@@ -579,7 +582,7 @@ def parse_arguments(argv):
     first.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     first.add_argument("--init-from", default="")
     first.add_argument("--dry-run", action="store_true", help="print what it would cost, and end")
-    first.add_argument("--variant", default="simba", help=f"{', '.join(VARIANTS)} or refiner")
+    first.add_argument("--variant", default="simba", choices=[*VARIANTS, "refiner"])
     known = first.parse_known_args(argv)[0]
     refining = known.variant == "refiner"
     kind, presets = LMConfig, PRESETS["lm"]

@@ -218,7 +218,7 @@ def main():
     parser.add_argument("--data", default="toy", help="a folder that `python -m toy build` made")
     parser.add_argument("--seeds", type=int, help="runs of each language model [3; --quick 1]")
     args = parser.parse_args()
-    check_value("seeds", args.seeds, "[1, inf)")
+    check_value("seeds", args.seeds, "[1, 1e9]")
     Study(args.quick, args.data, args.seeds).run()
 
 

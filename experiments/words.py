@@ -130,7 +130,7 @@ def main(argv=None):
     add("--seconds", type=float, default=60.0, help="length of the music [60]")
     add("--count", type=int, default=32, help="held-out prompts [32]")
     args = parser.parse_args(argv)
-    check_value("seconds", args.seconds, "[25, inf)")
+    check_value("seconds", args.seconds, "[25, 1e9]")
     table, curves = measure({m: m for m in args.models}, args.seconds, args.count)
     about = f"{args.count} held-out prompts, {args.seconds:g} s each. Brackets: 95% intervals."
     report("words", f"Words and {args.seconds:g} s of music", table, about)

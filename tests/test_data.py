@@ -645,6 +645,30 @@ def test_a_damaged_data_folder_is_one_sentence(tmp_path, file, text):
         Clips(tmp_path, "train")
 
 
+@pytest.mark.parametrize("codes", [b"", b"\xff" * 2000])
+def test_damaged_codes_are_one_sentence(tmp_path, codes):
+    Writer(tmp_path, CODEC).add(some_clips(2))
+    (tmp_path / "codes-00000.bin").write_bytes(b"\0\0" + codes)
+    with pytest.raises(ValueError, match="codes-00000.bin is damaged"):
+        Clips(tmp_path, "train").codes(0)
+
+
+def test_of_two_links_to_one_folder_one_is_read(tmp_path):
+    write_song(tmp_path / "elsewhere/a.wav", tone(2))
+    (tmp_path / "music").mkdir()
+    for name in "xyz":
+        (tmp_path / "music" / name).symlink_to(tmp_path / "elsewhere")
+    assert curate.audio_files(tmp_path / "music") == [(str(tmp_path / "music/x/a.wav"), "")]
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error(songs, tmp_path):
+    _, command, _ = songs
+    data.main([*command, str(tmp_path / "d")])
+    shell = f"{sys.executable} data.py show {tmp_path / 'd'} --n 2 | head -c 1; exit $PIPESTATUS"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
 def test_show_lists_plays_and_plots(songs, tmp_path, capsys):
     _, command, _ = songs
     data.main([*command, str(tmp_path / "d")])

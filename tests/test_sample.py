@@ -175,6 +175,7 @@ def test_streaming_gives_the_audio_of_the_file(tmp_path):
         (["\udcff"], "not valid UTF-8"),
         (["jazz", "--refiner", "nowhere"], "no checkpoint at nowhere"),
         (["jazz", "--refiner", str(sample.SHIPPED)], "holds no refiner"),
+        (["jazz", "--checkpoint", str(sample.SHIPPED_REFINER)], "it goes with --refiner"),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, options, sentence, monkeypatch, capsys):
@@ -189,8 +190,10 @@ def test_bad_input_gets_one_sentence(tmp_path, options, sentence, monkeypatch, c
 
 
 def test_a_prompt_may_look_like_a_formula_in_the_picture(tmp_path):
-    done = play("cash $_$ money", "--seconds", 1, "--out", "x.wav", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    """Or name letters that no font has, or be long."""
+    prompt = "cash $_$ money \u4e2d\u6587 " + "and more " * 12
+    done = play(prompt, "--seconds", 1, "--out", "x.wav", cwd=tmp_path)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     assert (tmp_path / "x.png").exists()
 
 

@@ -150,4 +150,4 @@ def test_bad_options_get_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["study.py", "--seeds", "0"])
     with pytest.raises(SystemExit, match="2"):
         study.entry(study.main)
-    assert "--seeds must be in [1, inf), not 0" in capsys.readouterr().err
+    assert "--seeds must be in [1, 1e9], not 0" in capsys.readouterr().err

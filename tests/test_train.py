@@ -9,8 +9,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_data import CODEC, Writer, some_clips
 from test_model import CAPTIONS, tiny
 
@@ -125,7 +127,7 @@ def test_validation_is_the_mean_over_all_windows_of_all_clips(data, monkeypatch)
     objective = train.Objective(lm, encoder, None, config)
     clips = train.Clips(data, "valid")
     expected = []
-    for i in range(2):
+    for i in np.random.default_rng(17).permutation(len(clips))[:2]:
         for start in range(0, clips.rows[i]["frames"] - 16, 17):
             codes = torch.from_numpy(clips.codes(i, start, 17))[None]
             expected.append(train.token_losses(lm, encoder, codes, [clips.rows[i]["caption"]]))
@@ -254,15 +256,17 @@ def test_presets_name_real_options():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["--variant", "rnn"], "unknown --variant"),
+        (["--variant", "rnn"], "invalid choice: 'rnn' (choose from 'mamba'"),
         (["--data", "nowhere"], "no data at nowhere"),
         (["--resume", "nowhere"], "nowhere holds no run"),
         (["--resume", "out/simba", "--steps", "20000"], "leave out --steps"),
         (["--preset", "huge"], "invalid choice"),
-        (["--valid-every", "0"], "--valid-every must be in [1, inf), not 0"),
-        (["--d-conv", "1"], "--d-conv must be in [2, inf), not 1"),
-        (["--headdim", "0"], "--headdim must be in [1, inf), not 0"),
-        (["--device", "gpu"], "--device gpu"),
+        (["--valid-every", "0"], "--valid-every must be in [1, 1e9], not 0"),
+        (["--d-conv", "1"], "--d-conv must be in [2, 1e9], not 1"),
+        (["--headdim", "0"], "--headdim must be in [1, 1e9], not 0"),
+        (["--device", "meta"], "unknown --device 'meta'"),
+        (["--seconds", "1e300"], "--seconds must be in (0, 3600], not 1e+300"),
+        (["--trained-frames", "1" + 23 * "0"], "--trained-frames must be in [1, 1e9]"),
         (["--text-encoder", "./no-such-t5", "--data", "{data}"], "text encoder ./no-such-t5"),
     ],
 )
@@ -365,6 +369,9 @@ def test_a_run_is_not_resumed_on_other_data_or_with_a_damaged_log(run, data):
     (folder / "log.jsonl").write_text("[1]\nnonsense\n")
     with pytest.raises(ValueError, match="log.jsonl is damaged"):
         train.main(["--resume", str(folder)])
+    (folder / "log.jsonl").write_text('{"step": 4, "right": null}\n')
+    with pytest.raises(ValueError, match="log.jsonl is damaged"):
+        train.main(["--resume", str(folder)])
     manifest = data / "manifest.jsonl"
     manifest.write_text(manifest.read_text().split("\n", 1)[1])
     with pytest.raises(ValueError, match="has changed since"):
@@ -423,6 +430,39 @@ def test_a_damaged_config_is_one_sentence_when_resumed(run):
         file.write_text(json.dumps(config))
         with pytest.raises(ValueError, match="must be int|is damaged"):
             train.main(["--resume", str(folder)])
+
+
+@pytest.mark.parametrize("metadata", [None, {}, dict(about="{}"), dict(about='{"step": "x"}')])
+def test_a_trainer_without_its_step_is_one_sentence(run, metadata):
+    folder = run("--steps", "2", "--no-compile")
+    file = folder / "last/trainer.safetensors"
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(ValueError, match="does not fit the run"):
+        train.main(["--resume", str(folder)])
+
+
+def test_captions_are_shuffled_between_clips_of_different_tracks(monkeypatch):
+    """In the manifest, clips of one track are neighbours: their captions are nearly the same."""
+
+    class Valid:
+        rows = [dict(frames=17, caption=str(i // 10)) for i in range(200)]
+        __len__ = lambda self: len(self.rows)
+        codes = lambda self, i, start, length: np.zeros((1, length), int)
+
+    texts = []
+
+    def losses(lm, objective, codes, captions, seed):
+        texts.extend(captions)
+        return {"": torch.zeros(len(captions))}
+
+    monkeypatch.setattr(train, "lm_losses", losses)
+    read = SimpleNamespace(valid=Valid(), describe=lambda row, rng: row["caption"])
+    config = TrainConfig(seconds=0.2, crop=0.2, compile=False, valid_clips=100, batch=100)
+    objective = train.Objective(*tiny(), None, config)
+    train.validate(objective.model, objective, read, config)
+    right, shuffled, empty = texts[:100], texts[100:200], texts[200:]
+    assert len({*right}) > 15  # of all tracks, not of the first ten
+    assert np.mean(np.array(right) == np.array(shuffled)) < 0.2 and not any(empty)
 
 
 def test_a_checkpoint_says_what_it_is(run, data):

@@ -46,8 +46,8 @@ def listen(_):
 
 @dataclass
 class BuildOptions:
-    clips: int = option(6144, "clips of the corpus", "[1, inf)")
-    full: int = option(1024, "clips with all nine codebooks", "[0, inf)")
+    clips: int = option(6144, "clips of the corpus", "[1, 1e9]")
+    full: int = option(1024, "clips with all nine codebooks", "[0, 1e9]")
     # Waltzes never mix, and they are one clip in twenty.
     mixtures: float = option(MIXTURES, "share of clips that mix two genres", "[0, 0.95]")
     corpus_only: bool = option(False, "keep codec, tokenizer and text encoder as they are")
