@@ -36,6 +36,8 @@ ROOT = Path(__file__).parents[1]
         ("The single has a passing bass", False),
         ("a rapid chorus of baritone saxophones, a trap beat", False),
         ("Using strings", False),
+        ("A guitar moves between the left and right speakers", False),
+        ("A man speaks", True),
     ],
 )
 def test_words_for_voices_are_found(caption, vocal):
@@ -48,7 +50,13 @@ def test_tags_become_facts():
     facts = dict(genre="trip hop and funk", instrument="piano and drum machine", mood="dark")
     assert captions.facts_of(tags, vocals=False) == facts
     assert "voice" in captions.facts_of(tags, vocals=True)["instrument"]
-    assert captions.facts_of(["instrument---voice"], vocals=False) == {}
+    sung = [
+        "instrument---voice",
+        "genre---gangstarap",
+        "genre---rapfrancais",
+        "genre---christianrap",
+    ]
+    assert captions.facts_of(sung, vocals=False) == {}
 
 
 def test_tables_of_captions_are_read_in_every_form(tmp_path):

@@ -22,6 +22,7 @@ def page(tmp_path):
             noise = rng.normal(size=8000) * 0.01 * (s + 1)
             soundfile.write(tmp_path / system / f"{i:03}.wav", noise, 8000)
         (tmp_path / system / "000.png").write_bytes(b"no clip, but its picture")
+        (tmp_path / system / "\u00b2.wav").write_bytes(b"no number of a clip")
     folders = [tmp_path / s for s in SYSTEMS]
     assert listening.make_page(folders, PROMPTS, tmp_path / "test.html", count=4) == 4
     return tmp_path / "test.html"
@@ -72,6 +73,12 @@ def test_marks_are_counted_by_system(page, tmp_path):
         listening.tally(folder)
     (folder / "x.key.json").write_text("no JSON")
     with pytest.raises(ValueError, match="x.key.json is not the key of a page"):
+        listening.tally(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "y.key.json").write_text("{}")
+    answer("nothing", "1", [])
+    with pytest.raises(ValueError, match="hold no marks"):
         listening.tally(folder)
 
 
