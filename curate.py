@@ -425,17 +425,26 @@ def join(out, usable, skipped, codec, valid):
 def share_out(rows, valid):
     """Gives clips a "split" if their source gives none. Of fewer than ten tracks, the end of each
     is for validation; before it there is a gap of one clip, if the track has ten. Of more tracks,
-    a checksum of the artist's or track's name chooses some (the lowest always, the highest never).
+    whole ones are, or all of an artist if there are ten artists: in the order of a checksum of
+    their names, those that fit into the share that is asked for.
     """
     free = [row for row in rows if "split" not in row]
     sizes = Counter(row["path"] for row in free)
     by_time = len(sizes) < 10 and len(free) == len(rows) > len(sizes)
-    checksums = [zlib.crc32(os.fsencode(row.get("artist", row["track"]))) for row in free]
-    low, high = (choose(checksums, default=0) for choose in (min, max))
-    for row, checksum in zip(free, checksums):
+    names = [row.get("artist", row["track"]) for row in free]
+    if len({*names}) < 10:
+        names = [row["track"] for row in free]
+    groups, wanted, held_out = Counter(names), valid * len(free), set()
+    for name in sorted(groups, key=lambda name: zlib.crc32(os.fsencode(name))):
+        if groups[name] <= 1.5 * wanted:
+            held_out.add(name)
+            wanted -= groups[name]
+    if len(groups) > 1:
+        held_out = held_out or {min(groups, key=groups.get)}
+    for row, name in zip(free, names):
         i, size = row["codes"][1], sizes[row["path"]]
         first = size - min(max(1, round(valid * size)), size - 1)
-        chosen = i >= first if by_time else checksum <= max(low, valid * 2**32) and checksum < high
+        chosen = i >= first if by_time else name in held_out
         gap = by_time and size >= 10 and i == first - 1
         row["split"] = "train" if not valid else "gap" if gap else "valid" if chosen else "train"
 
