@@ -30,8 +30,8 @@ from tqdm import tqdm
 import data
 from audio import FRAME_RATE, SAMPLE_RATE, audio_blocks, lock_folder, replacing, write_text
 from codec import load_codec
-from options import add_arguments, check, flag, new_parser, option
-from paper.captions import Describer, Separator, mentions_vocals, read_table
+from options import add_arguments, check, check_value, flag, new_parser, option
+from paper.captions import Describer, Separator, mentions_vocals, plain_name, read_table
 from paper.musicnn import Musicnn
 
 # --------------------------------------------------------------------- files and their words ----
@@ -94,10 +94,13 @@ def audio_files(root):
 
 def folder_tracks(music, options):
     """Your own music: audio files with captions in .txt files or in a table, or without any."""
-    tracks = []
+    tracks, table = [], read_table(options.captions)
+    unknown = {*table}  # lines of the table that name no file
     for path, problem in audio_files(music):
         name = Path(os.path.relpath(path, music)).as_posix()
-        caption = find_caption(path, [name, path, Path(path).name, Path(path).stem], options)
+        names = [*map(plain_name, [name, path, Path(path).name, Path(path).stem])]
+        unknown -= {*names}
+        caption = find_caption(path, names, table)
         tags = {} if problem else header(path)[0]
         about = {key: tags[key] for key in ("artist", "licence") if key in tags}
         if not caption[0] and options.captioner in ("none", "musicnn"):
@@ -106,13 +109,15 @@ def folder_tracks(music, options):
         tracks.append(new_track(path, name, caption, options, problem, source="folder", **about))
     if not tracks:
         raise ValueError(f"no audio below {music}: expected files such as song.wav with song.txt")
+    if unknown:
+        example = f"such as {min(unknown)!r}"
+        print(f"{len(unknown):,} of {len(table):,} captions in the table name no file, {example}")
     return tracks
 
 
-def find_caption(path, names, options):
+def find_caption(path, names, table):
     """A file's caption, and where it comes from; both are empty if there is none. The --captions
     table comes first, which knows the file by one of `names`, then the .txt file of its name."""
-    table = read_table(options.captions) if options.captions else {}
     for name in names:
         if name in table:
             return table[name], "table"
@@ -129,6 +134,7 @@ TAGS = {  # what FFmpeg, and so PyAV, calls the tags of the many formats
     "licence": ("license", "licence", "wcop"),
 }  # fmt: skip
 EMPTY = set("track audio music song untitled unknown various artists other misc none demo".split())
+EMPTY |= set("game games video soundtrack ost".split())
 
 
 @functools.lru_cache(None)
@@ -151,7 +157,7 @@ def facts_of(tags, name, options):
     """What tags or, if they tell nothing, names of file and folders say -> ({fact: text}, where it
     comes from)."""
     facts = {tag: tags[tag].lower() for tag in ("genre", "mood") if tag in tags}
-    if tempo := re.match(r"\d{2,3}(?=\.|$)", tags.get("bpm", "")):
+    if tempo := re.match(r"[1-9]\d{1,2}\b", tags.get("bpm", "")):
         facts["bpm"] = tempo[0]
     if key := re.fullmatch(r"([A-G][#b]?) ?(m|min|minor|maj|major|)", tags.get("key", "")):
         facts["key"] = f"{key[1]} {'minor' if key[2] in ('m', 'min', 'minor') else 'major'}"
@@ -186,7 +192,7 @@ def new_track(path, name, caption, options, skip="", **about):
     text, origin = caption
     if text:
         track |= dict(caption=text, caption_from=origin)
-    if "\N{REPLACEMENT CHARACTER}" in text:
+    if "\N{REPLACEMENT CHARACTER}" in text or "\0" in text:
         skip = skip or "has a caption that is not UTF-8 text"
     elif text or options.captioner == "none":
         skip = skip or fault(text, options)
@@ -330,15 +336,15 @@ def begin_worker():
 def build(tracks, out, plan, options):
     """Makes the data folder `out`, or what is missing of it. plan: the options that made it."""
     skipped = [dict(path=t["path"], reason=t["skip"]) for t in tracks if "skip" in t]
-    usable = [(track, result_file(out, track)) for track in tracks if "skip" not in track]
+    usable = [(t, result_file(out, t, options)) for t in tracks if "skip" not in t]
     if not usable:
         raise ValueError(f"no file can be used: {listed(line['reason'] for line in skipped)}")
     check_plan(out, plan)
     codec = load_codec(options.codec)
     check_space(out, usable, codec, options)
     with lock_folder(out):
-        (out / "tracks").mkdir(exist_ok=True)
         write_text(out / "plan.json", json.dumps(plan, indent=1) + "\n")
+        (out / "tracks").mkdir(exist_ok=True)
         todo = [(track, file) for track, file in usable if not file.exists()]
         if all("caption" in track and "facts" not in track for track, _ in todo):
             options = replace(options, captioner="none")  # it would have nothing to do
@@ -348,26 +354,29 @@ def build(tracks, out, plan, options):
         join(out, usable, skipped, codec, options.valid)
 
 
-def result_file(out, track):
-    """A track's file in tracks/: other audio, or a first caption, has another name."""
+def result_file(out, track, options):
+    """A track's file in tracks/: other audio, or a first caption where a captioner listens, has
+    another name."""
     some = b""
-    # Its beginning and its middle; what cannot be read is told when it is decoded.
+    # Its beginning, middle and end; what cannot be read is told when it is decoded.
     with suppress(OSError), open(track["path"], "rb") as audio:
-        some = audio.read(1 << 16)
-        audio.seek(track["bytes"] // 2)
-        some += audio.read(1 << 16)
-    name = json.dumps([track["path"], track["bytes"], zlib.crc32(some), "caption" in track])
+        for place in (0, track["bytes"] // 2, max(0, track["bytes"] - (1 << 16))):
+            audio.seek(place)
+            some += audio.read(1 << 16)
+    written = "caption" in track and ("facts" not in track or options.captioner == "none")
+    name = json.dumps([track["path"], track["bytes"], zlib.crc32(some), written])
     return out / "tracks" / f"{hashlib.sha1(name.encode()).hexdigest()}.npz"
 
 
 def check_plan(out, plan):
     """ValueError if the folder holds what other options, or another program, made."""
-    file = out / "plan.json"
+    old = {}
+    with suppress(OSError, ValueError, TypeError):  # none, or of another program
+        old = dict(json.loads((out / "plan.json").read_text(encoding="utf-8")))
+    if "codec" not in old and any(path.name != ".lock" for path in out.glob("*")):
+        raise ValueError(f"{out} holds files that this command did not make: choose another --out")
     held = any(out.glob("tracks/*.npz")) or (out / "manifest.jsonl").exists()
-    if held and not file.exists():
-        raise ValueError(f"{out} holds clips that this command did not make: choose another --out")
-    old = json.loads(file.read_text(encoding="utf-8")) if held else plan
-    for name, value in plan.items():
+    for name, value in plan.items() if held else ():
         if old.get(name) != value:
             said = flag(name) if hasattr(Options, name) else name
             changed = f"{said} {old.get(name)!r}, not {value!r}"
@@ -398,7 +407,7 @@ def join(out, usable, skipped, codec, valid):
         result = json.loads(np.load(file)["about"].item())
         rows += [track | clip | dict(codes=(file, i)) for i, clip in enumerate(result["clips"])]
         skipped += [dict(path=track["path"]) | line for line in result["skipped"]]
-    for file in {*(out / "tracks").iterdir()} - {row["codes"][0] for row in rows}:
+    for file in {*out.glob("tracks/*.npz")} - {row["codes"][0] for row in rows}:
         file.unlink()  # of other tracks, or without a clip: those are tried again
     if not rows:
         raise ValueError(f"no clip can be used: {listed(line['reason'] for line in skipped)}")
@@ -439,13 +448,15 @@ def share_out(rows, valid):
         if groups[name] <= 1.5 * wanted:
             held_out.add(name)
             wanted -= groups[name]
-    if len(groups) > 1:
-        held_out = held_out or {min(groups, key=groups.get)}
+    if groups and len(held_out) == len(groups):
+        held_out.discard(name)  # something to train on
+    if not held_out and len(groups) > 1:
+        held_out = {min(groups, key=groups.get)}
     for row, name in zip(free, names):
         i, size = row["codes"][1], sizes[row["path"]]
         first = size - min(max(1, round(valid * size)), size - 1)
         chosen = i >= first if by_time else name in held_out
-        gap = by_time and size >= 10 and i == first - 1
+        gap = by_time and size >= 10 and i == first - 1 > 0
         row["split"] = "train" if not valid else "gap" if gap else "valid" if chosen else "train"
 
 
@@ -529,6 +540,10 @@ def main(argv=None):
     look.add_argument("--out", type=Path, help="folder for audio and pictures [FOLDER/show]")
     look.add_argument("--seed", type=int, default=0, help="another seed shows others [0]")
     args = parser.parse_args(argv)
+    for name in {"n", "choose", "seed"} & {*vars(args)}:
+        check_value(name, getattr(args, name), "[0, 4294967296)" if name == "seed" else "[1, 1e9]")
+    if os.path.isfile(getattr(args, "captions", "")):
+        args.captions = os.path.abspath(args.captions)
     if args.command == "show":
         return show(args.folder, args.n, args.out or args.folder / "show", args.seed)
     options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})

@@ -193,6 +193,8 @@ def compose(system, prompts, seconds, seeds):
 
 def stages(system):
     """CHECKPOINT+REFINER -> two folders; the second can be "none", or "" for the default"""
+    if Path(system).exists():  # a + in its name
+        return str(system), ""
     return str(system).partition("+")[::2]
 
 

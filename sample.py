@@ -364,15 +364,18 @@ def stored_sampling(folder) -> dict:
         raise ValueError(f'{folder}/config.json: "sampling" holds unknown options') from None
 
 
-def newest_checkpoint(refiner=False):
-    """best/ of the user's newest run (of a refiner, or of a language model), else what ships."""
+def newest_checkpoint(refiner=False, codec=None):
+    """best/ of the user's newest run (of a refiner, or of a language model), else what ships.
+    codec: only of one whose codebook 1 of this codec can be refined."""
     runs = []
     for file in Path("out").glob("*/best/config.json"):
         try:
             config = read_config(file.parent)
         except ValueError:  # of another program, or broken
             continue
-        if is_refiner(config) == refiner and "train" in config:
+        of = config.get("codec"), config["model"].get("codebooks")
+        fits = codec is None or of == (codec, 1)
+        if is_refiner(config) == refiner and "train" in config and fits:
             runs.append(file.parent)
     shipped = SHIPPED_REFINER if refiner else SHIPPED
     return max(runs, key=lambda folder: folder.stat().st_mtime, default=shipped)
@@ -382,6 +385,8 @@ def find_refiner(lm, codec, folder=""):
     """The folder of a refiner for this language model: `folder`, else the newest of the user's,
     else the one that ships; None if the model needs none, or none fits its codec."""
     if lm.config.codebooks > 1:
+        if folder:
+            raise ValueError("the language model makes all codebooks itself: leave out --refiner")
         return None
     if folder and (name := read_config(folder).get("codec")) != codec.name:
         raise ValueError(f"{folder} refines codes of {name}, the model's are of {codec.name}")
@@ -402,8 +407,8 @@ def main(argv=None):
     live = args.stream or args.play
     if live and (len(jobs) > 1 or args.out):
         raise ValueError("--stream and --play take one prompt, without --n and --out")
-    if args.follow and (not live or args.continue_file):
-        raise ValueError("--follow goes with --play or --stream, and without --continue")
+    if args.follow and (not live or args.continue_file or not sys.stdin):
+        raise ValueError("--follow reads standard input, with --play or --stream, not --continue")
     paths = [] if live else output_paths(args, jobs)
     system = System(args.checkpoint, None if args.no_refiner else args.refiner)
     say = functools.partial(print, file=sys.stderr if args.stream else sys.stdout, flush=True)
@@ -412,7 +417,9 @@ def main(argv=None):
         if system.encoder.is_too_long(text):
             kept = system.encoder.max_tokens
             say(f"warning: only the first {kept} tokens of this prompt are read: {text[:60]}...")
-    if system.second and args.steps is not None:
+    if args.steps is not None:
+        if not system.second:
+            raise ValueError("--steps is for a refiner, and none plays: leave it out")
         check_value("steps", args.steps, f"[1, {system.refiner.config.timesteps}]")
         system.refining |= dict(steps=args.steps)
 
@@ -467,6 +474,7 @@ def introduce(system, args, say):
 
 def read_wishes(latest):
     """Puts each line of standard input into `latest`, a list of one prompt."""
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     for line in sys.stdin:
         latest[0] = line.strip() or latest[0]
 
@@ -509,6 +517,8 @@ def parse_arguments(argv):
     check_value("n", args.n, "[1, 10000]")
     chosen = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     args.sampling = asdict(chosen) | dict(negative=args.negative)
+    if args.refiner and args.no_refiner:
+        raise ValueError("--refiner and --no-refiner do not go together")
     return args
 
 
@@ -528,17 +538,21 @@ def output_paths(args, jobs):
     """One path per job, all different, in a folder that can be written to; the extension chooses
     the format."""
     out = Path(args.out or "")
-    if out.suffix and not out.is_dir():
+    if out.suffix and not out.is_dir() and not args.out.endswith(("/", os.sep)):
         if out.suffix.lower() not in FORMATS:
             raise ValueError(f"{out}: the format must be one of {', '.join(FORMATS)}")
         paths = [out] * len(jobs)
     else:
-        slugs = [re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:60] for prompt, _ in jobs]
+        slugs = [re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_") for prompt, _ in jobs]
+        slugs = [slug.encode()[:60].decode(errors="ignore") for slug in slugs]
         numbers = [f"-{seed}" if args.n > 1 else "" for _, seed in jobs]
         paths = [out / f"{slug or 'sample'}{n}.wav" for slug, n in zip(slugs, numbers)]
     if len({*paths}) < len(paths):
         paths = [path.with_stem(f"{path.stem}-{i}") for i, path in enumerate(paths)]
     ensure_writable(paths[0].parent)
+    source = args.continue_file
+    if source and any(path.exists() and path.samefile(source) for path in paths):
+        raise ValueError(f"{source} would be replaced by its continuation: choose another --out")
     return paths
 
 
@@ -555,7 +569,8 @@ def play(chunks, sample_rate, to_stdout):
         sink.flush()
     if player:
         player.stdin.close()
-        player.wait()
+        if player.wait():
+            raise ValueError(f"{player.args[0]} could not play it")
 
 
 if __name__ == "__main__":

@@ -103,8 +103,14 @@ def main(argv=None):
     train(model_config, config, run, processes)
     processes.end()
     if processes.rank == 0:
-        role = "--refiner" if isinstance(model_config, RefinerConfig) else "--checkpoint"
-        sample.main([*sample.SHOWCASE, role, str(run / "best"), "--out", str(run)])
+        models = ["--checkpoint", str(run / "best")]
+        if isinstance(model_config, RefinerConfig):
+            codec = checkpoint.read_config(run / "best")["codec"]
+            first = sample.newest_checkpoint(codec=codec)
+            if checkpoint.read_config(first)["codec"] != codec:
+                return print(f"To hear it, train a language model of the codec {codec}.")
+            models = ["--checkpoint", str(first), "--refiner", str(run / "best")]
+        sample.main([*sample.SHOWCASE, *models, "--out", str(run)])
 
 
 # ------------------------------------------------------------------------------------ the loop ----
@@ -591,6 +597,7 @@ def parse_arguments(argv):
     if known.preset not in presets:
         raise ValueError(f"a {known.variant} has no preset {known.preset!r}: {', '.join(presets)}")
     preset = presets[known.preset] | ({} if refining else dict(variant=known.variant))
+    preset = presets.get(preset.get("init_from"), {}) | preset  # laptop is like toy
     if known.init_from:  # large steps and short crops would undo what the model has learned
         preset["lr"] = preset.get("lr", TrainConfig.lr) / 6
         preset["crop"] = max(preset.get("crop", TrainConfig.crop), 3.0)
@@ -610,6 +617,8 @@ def parse_arguments(argv):
     if refining and config.recompute:
         raise ValueError("--recompute is for language models: a refiner is small without it")
     if config.init_from:  # its shape, which the command line may repeat
+        if named.get("text_encoder"):
+            raise ValueError("--init-from brings its own --text-encoder: leave that out")
         folder = initial(config, refining)
         model = checkpoint.read_model_config(folder, kind)
         for name, have in asdict(model).items():

@@ -83,11 +83,12 @@ def told(system, codes, prompts):
     """Whether a clip's own prompt is the likeliest of the eight of its group: (R,) of bool"""
     right = []
     for i in range(len(prompts)):
-        group = prompts[i // 8 * 8 : i // 8 * 8 + 8]
+        first = min(i // 8 * 8, len(prompts) - 8)
+        group = prompts[first : first + 8]
         clips = codes[i : i + 1].expand(len(group), -1, -1)
         logits = system.lm(clips, *system.encoder(group))[:, 0]
         nats = F.cross_entropy(logits.mT, clips[:, 0], reduction="none").mean(1)
-        right.append(int(nats.argmin()) == i % 8)
+        right.append(int(nats.argmin()) == i - first)
     return np.array(right)
 
 
@@ -131,6 +132,7 @@ def main(argv=None):
     add("--count", type=int, default=32, help="held-out prompts [32]")
     args = parser.parse_args(argv)
     check_value("seconds", args.seconds, "[25, 1e9]")
+    check_value("count", args.count, "[8, 64]")
     table, curves = measure({m: m for m in args.models}, args.seconds, args.count)
     about = f"{args.count} held-out prompts, {args.seconds:g} s each. Brackets: 95% intervals."
     report("words", f"Words and {args.seconds:g} s of music", table, about)

@@ -11,6 +11,7 @@ import asyncio
 import json
 import time
 import webbrowser
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -44,9 +45,11 @@ class Live:
     async def guard(self, request, handler):
         """Other sites may not use this server: neither from their pages (Origin), nor by giving
         their own name its address (Host)."""
-        origin = request.headers.get("Origin")
-        foreign = origin is not None and urlsplit(origin).netloc != request.host
-        name = urlsplit(f"//{request.host}").hostname
+        origin, name = request.headers.get("Origin"), None
+        foreign = True
+        with suppress(ValueError):  # neither is an address
+            foreign = origin is not None and urlsplit(origin).netloc != request.host
+            name = urlsplit(f"//{request.host}").hostname
         if foreign or (name not in self.hosts and "0.0.0.0" not in self.hosts):
             raise web.HTTPForbidden(text="this page belongs to another site")
         return await handler(request)
@@ -82,7 +85,7 @@ class Live:
                     continue
                 try:
                     wishes.append(understood(message.data, self.system))
-                except (ValueError, KeyError, TypeError, OverflowError) as error:
+                except ValueError as error:
                     await socket.send_json({"refused": str(error)})
                     continue
                 player = player or asyncio.create_task(play(self.system, wishes, socket))
@@ -124,16 +127,20 @@ async def play(system, wishes, socket):
 
 def understood(text, system):
     """A wish as JSON -> (prompt, seed, options). ValueError, one sentence, if it is none."""
-    asked = json.loads(text)
-    prompt = " ".join(str(asked["prompt"]).encode("utf-8", "ignore").decode().split())
+    try:
+        asked = json.loads(text)
+        prompt = asked["prompt"].encode("utf-8", "ignore").decode()
+        chosen = {name: float(asked[name]) for name in ("guidance", "temperature") if name in asked}
+        seed = int(asked.get("seed", 0))
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise ValueError("a wish is JSON with the words as its prompt") from None
+    prompt = " ".join(prompt.split())
     if not prompt:
         raise ValueError("say what to play")
     if len(prompt) > LETTERS:
         raise ValueError(f"the words are too long: {len(prompt)} letters, at most {LETTERS}")
-    chosen = {name: float(asked[name]) for name in ("guidance", "temperature") if name in asked}
     options = system.sampling | chosen
     Sampling(**options)
-    seed = int(asked.get("seed", 0))
     check_value("seed", seed, "[0, 4294967296)")
     return prompt, seed, options
 

@@ -5,7 +5,9 @@ import csv
 import functools
 import json
 import math
+import os
 import re
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,24 +54,33 @@ def read_table(file):
     `caption`, or those of disco-eth/jamendo-fma-captions. That one has tracks of MTG-Jamendo and of
     the Free Music Archive, and an id that could be of either names none. ValueError, one sentence,
     if it cannot be read or lacks a column."""
+    if not file:
+        return {}
     with explained(f"{file} could not be read as a table with columns `path` and `caption`"):
         if not Path(file).exists() and re.fullmatch(r"[\w.-]+/[\w-]+", file):
             parquet = "data/train-00000-of-00001.parquet"
             file = hf_hub_download(file, parquet, repo_type="dataset")
         texts = {}
         for row in read_rows(file):
+            if not ({"path", "id"} & {*row} and {"caption", "chatgpt_texts"} & {*row}):
+                raise ValueError(f"its columns are {', '.join(map(str, row))}")
             key = row["path"] if "path" in row else row["id"]
             text = row["caption"] if "caption" in row else next(iter(row["chatgpt_texts"]), "")
-            if text := (text or "").strip():
-                texts.setdefault(str(key), text)
+            if text := str(text or "").strip():
+                texts.setdefault(plain_name(str(key)), text)
     if any(re.fullmatch(r"0\d{5}", key) for key in texts):  # FMA's ids have six digits
         texts = {key: text for key, text in texts.items() if not re.fullmatch(r"1[0-5]\d{4}", key)}
     return texts
 
 
+def plain_name(path):
+    """A path or an id as tables name it: ./sub\\song.mp3 is sub/song.mp3, and é is one letter."""
+    return unicodedata.normalize("NFC", os.path.normpath(path.replace("\\", "/")))
+
+
 def read_rows(file):
     """A .csv, .tsv, .jsonl or .parquet file -> [{column: value}]"""
-    suffix = Path(file).suffix
+    suffix = Path(file).suffix.lower()
     if suffix == ".parquet":
         from pyarrow import parquet  # `pip install pyarrow`
 

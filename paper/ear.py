@@ -69,6 +69,7 @@ def ask_toy(ear, codec, count, kinds) -> dict:
 
     heard = ear.listen(corpus.play_clips(range(0, 2 * count * corpus.VALID, corpus.VALID)))
     asked = questions.ask(codec, count, kinds)
+    count = len(asked["codes"])  # it has so many at most
     real = dict(real=first(heard, count), reference=torch.cat(heard.frames[count:]))
     about = f"{count} held-out clips of the toy world; reference: {count} others"
     return asked | real | dict(name="toy-musicnn", about=about, factors=None, repeated=None)
@@ -82,6 +83,8 @@ def ask(ear, codec, folder, count, seconds) -> dict:
     """Fields of an evaluate.Task, from the held-out clips of a data folder: `count` of them are
     described by the prompts, as many others are the reference."""
     clips = Clips(folder, "valid", codec.codebooks, codec.name)
+    if not {"path", "start", "caption"} <= {*clips.rows[0]}:
+        raise ValueError(f"{folder} was not made from audio files by data.py")
     frames = int(seconds * codec.sample_rate / codec.hop)
     rows = np.random.default_rng(0).permutation(len(clips))
     rows = [i for i in rows if clips.rows[i]["frames"] >= frames][: 2 * count]

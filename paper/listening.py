@@ -109,6 +109,8 @@ def main():
     add("--prompts", default="prompts.txt", help="text file, one prompt a line [prompts.txt]")
     add("--out", default="listening-test.html", help="[listening-test.html]")
     args = parser.parse_args()
+    if args.command == "tally" and len(args.folders) > 1:
+        raise ValueError("tally reads one folder: put all answers and the key there")
     if args.command == "tally":
         return print(table(*tally(args.folders[0])))
     count = make_page(args.folders, read_lines(args.prompts), args.out)

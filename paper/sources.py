@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from curate import audio_files, find_caption, new_track, sentence
-from paper.captions import explained, facts_of, mentions_vocals, read_rows
+from paper.captions import explained, facts_of, mentions_vocals, read_rows, read_table
 
 CLONE = "is missing or broken: `git clone https://github.com/MTG/mtg-jamendo-dataset`"
 
@@ -32,13 +32,13 @@ def jamendo_tracks(metadata, audio, song_describer, options):
     splits = {row["artist"]: dict(split="train") for row in (train | test).values()}
     splits |= {row["artist"]: dict(split="valid") for row in valid.values()}
     licences = read_licences(f"{metadata}/audio_licenses.txt")
-    tracks = []
+    tracks, table = [], read_table(options.captions)
     for number, row in rows.items():
         name, file = f"track_{number:07}", row.pop("path")
         path = Path(audio, file)
         if not path.is_file():
             path = path.with_suffix(".low.mp3")
-        caption = find_caption(path, [file, name, str(number), f"{number}.mp3"], options)
+        caption = find_caption(path, [file, name, str(number), f"{number}.mp3"], table)
         facts = facts_of(row["tags"], options.keep_vocals)
         if facts and not caption[0] and options.captioner in ("none", "musicnn"):
             caption = sentence(facts, np.random.default_rng(0)), "tags"

@@ -20,7 +20,7 @@ import data
 from audio import audio_blocks, lock_folder, read_audio
 from curate import Options
 from data import Clips, Writer
-from paper import sources
+from paper import captions, sources
 
 CODEC = SimpleNamespace(name="toy", codebooks=9, codebook_size=1024, sample_rate=44100, hop=512)
 ROOT = Path(__file__).parents[1]
@@ -485,7 +485,7 @@ def test_another_command_does_not_spoil_a_folder(songs, tmp_path):
     with pytest.raises(ValueError, match="was made with --seconds 2.0, not 3.0: choose another"):
         data.main([*command, str(tmp_path / "d"), "--seconds", "3"])
     Writer(tmp_path / "other", CODEC).add(some_clips(3))
-    with pytest.raises(ValueError, match="clips that this command did not make"):
+    with pytest.raises(ValueError, match="files that this command did not make"):
         data.main([*command, str(tmp_path / "other")])
     assert contents(tmp_path / "d") == before
     data.main([*command, str(tmp_path / "d"), "--valid", "0"])
@@ -669,6 +669,63 @@ def test_output_that_nobody_reads_to_its_end_is_no_error(songs, tmp_path):
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+def test_files_of_other_programs_are_left_alone(songs, tmp_path):
+    """Also where --out is a folder of the user's, even that of the music."""
+    _, command, _ = songs
+    write_song(tmp_path / "music/a.wav", tone(2))
+    for name in ("new/thesis.tex", "tracks/route.gpx", "plan.json"):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text("[]")
+    before = contents(tmp_path)
+    for out in ("mine", "music"):
+        with pytest.raises(ValueError, match="holds files that this command did not make"):
+            data.main([*command, str(tmp_path / out)])
+    assert contents(tmp_path) == before
+
+
+def test_a_caption_that_comes_later_wins_over_what_was_heard(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        curate, "Musicnn", lambda: SimpleNamespace(facts=lambda a: {"pace": "slow"})
+    )
+    curate.load_models.cache_clear()
+    write_song(tmp_path / "music/a.wav", tone(4))
+    command = ["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d"), "--seconds", "2"]
+    for words, origin in ((None, "musicnn"), ("my own words", "sidecar"), (None, "musicnn")):
+        sidecar = tmp_path / "music/a.txt"
+        sidecar.write_text(words) if words else sidecar.unlink(missing_ok=True)
+        data.main([*command, "--captioner", "musicnn"])
+        assert {r["caption_from"] for r in lines(tmp_path / "d/manifest.jsonl")} == {origin}
+    curate.load_models.cache_clear()
+
+
+def test_a_song_with_another_end_is_encoded_again(tmp_path):
+    song = np.concatenate([tone(10), tone(10)])
+    command = ["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d"), "--seconds", "5"]
+    codes = []
+    for end in (1, 0):
+        song[-44100:] *= end
+        write_song(tmp_path / "music/a.wav", song)
+        data.main(command)
+        codes.append((tmp_path / "d/codes-00000.bin").read_bytes())
+    assert codes[0] != codes[1]
+
+
+def test_lines_of_a_table_that_name_no_file_are_told(tmp_path, capsys):
+    write_song(tmp_path / "music/sub/cafe\u0301.wav", tone(2))
+    table = tmp_path / "t.CSV"
+    table.write_text("path,caption\r\n.\\sub\\caf\u00e9.wav,a waltz\r\nnone.wav,x\r\n", "utf-8-sig")
+    command = ["folder", str(tmp_path / "music"), "--out", str(tmp_path / "d"), "--seconds", "1"]
+    data.main([*command, "--captions", str(table)])
+    assert (
+        "1 of 2 captions in the table name no file, such as 'none.wav'" in capsys.readouterr().out
+    )
+    assert {row["caption"] for row in lines(tmp_path / "d/manifest.jsonl")} == {"a waltz"}
+    table.write_text("Path;Caption\nnone.wav;x\n")
+    captions.read_table.cache_clear()
+    with pytest.raises(ValueError, match="its columns are Path;Caption"):
+        data.main([*command, "--captions", str(table)])
+
+
 def test_show_lists_plays_and_plots(songs, tmp_path, capsys):
     _, command, _ = songs
     data.main([*command, str(tmp_path / "d")])
@@ -702,7 +759,7 @@ def test_no_audio_is_one_sentence(tmp_path):
         data.main(["folder", str(tmp_path), *out])
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         data.main(["folder", str(tmp_path / "nowhere"), *out])
-    with pytest.raises(ValueError, match="--seconds must be in .1, inf., not inf"):
+    with pytest.raises(ValueError, match="--seconds must be in .1, 3600., not inf"):
         data.main(["folder", str(tmp_path), *out, "--seconds", "inf"])
     assert not (tmp_path / "out").exists()
 
@@ -740,7 +797,7 @@ def test_words_come_from_what_the_files_know(tmp_path, capsys):
         "a.mp3": {"genre": "folk", "bpm": "96"},
         "b.flac": {"genre": "dark ambient", "key": "A minor", "decade": "1990s"},
         "c.ogg": {},
-        "game/boss-fight_02.m4a": {"name": "game boss fight"},
+        "game/boss-fight_02.m4a": {"name": "boss fight"},
         "d/01.mp3": {},
         "e.wav": None,
         "f.wav": {},
@@ -799,7 +856,9 @@ def test_of_few_tracks_the_end_of_each_is_for_validation():
     ]  # fmt: skip
     assert splits((4, {}), (3, {}), valid=0.5) == ["ttvv", "tvv"]
     assert splits((4, {}), (3, {}), valid=0.0) == ["tttt", "ttt"]
-    assert splits((1, {})) == ["t"]
+    assert splits((1, {})) == ["t"] == splits((1, {}), valid=0.99)
+    assert splits((24, {}), valid=0.99) == ["t" + "v" * 23], "something is left to train on"
+    assert sorted(splits(*[(1, {})] * 20, valid=0.99)) == ["t"] + ["v"] * 19
     assert sorted(splits((1, {}), (1, {}), (1, {}))) == ["t", "t", "v"], "clips cannot be divided"
 
 

@@ -423,9 +423,11 @@ def test_a_folder_of_audio_is_a_system(tmp_path):
         evaluate.music(tmp_path, ["a"] * 5, 1.0)
 
 
-def test_a_checkpoint_may_name_its_refiner():
+def test_a_checkpoint_may_name_its_refiner(tmp_path):
     assert evaluate.stages("toy/lm+toy/refiner") == ("toy/lm", "toy/refiner")
     assert evaluate.stages("toy/lm") == ("toy/lm", "")
+    (tmp_path / "a+b").mkdir()
+    assert evaluate.stages(tmp_path / "a+b") == (str(tmp_path / "a+b"), "")
     refiners = sample.SHIPPED_REFINER, "none"
     assert len({evaluate.fingerprint(f"{sample.SHIPPED}+{refiner}") for refiner in refiners}) == 2
 

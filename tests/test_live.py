@@ -71,6 +71,7 @@ def test_nonsense_is_refused_and_the_music_goes_on(system):
         await heard(socket, 0.5)
         nonsense = ["{", "[]", "3", '{"prompt": ""}', '{"prompt": 3e999, "seed": 1e999}']
         nonsense += [json.dumps({"prompt": "x" * 10_000}), '{"prompt": "a", "temperature": 0}']
+        nonsense += ["[" * 60_000, '{"prompt": null}', '{"prompt": ["jazz"]}']
         nonsense += ['{"prompt": "a", "seed": -1}', '{"prompt": "a", "guidance": "NaN"}']
         for text in nonsense:
             await socket.send_str(text)
@@ -113,6 +114,9 @@ def test_other_sites_are_refused(system):
         with pytest.raises(WSServerHandshakeError, match="403"):
             await client.ws_connect("/listen", headers=foreign)
         assert (await client.get("/", headers={"Host": "example.com"})).status == 403
+        for name in ("[::1", "[x]"):
+            assert (await client.get("/", headers={"Host": name})).status == 403
+        assert (await client.get("/", headers={"Origin": "http://[::1"})).status == 403
         own = {"Origin": f"http://127.0.0.1:{client.port}"}
         assert (await client.get("/about", headers=own)).status == 200
 

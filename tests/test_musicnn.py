@@ -14,8 +14,10 @@ import curate
 import data
 import evaluate
 from audio import read_audio
+from codec import load_codec
 from paper import ear, musicnn
 from paper.musicnn import Musicnn, message, read_checkpoint, tempo
+from toy import corpus
 
 CLIPS = Path(__file__).parents[1] / "docs/clips"
 installed = pytest.mark.skipif(
@@ -135,6 +137,16 @@ def test_tags_count_where_enough_prompts_name_them():
     assert ear.Ear.cells(None, heard, ["jazz"] * 10) == {}
 
 
+def test_the_toy_world_has_a_prompt_for_each_clip_that_is_heard(monkeypatch):
+    monkeypatch.setattr(corpus, "play_clips", lambda clips: [np.zeros(1) for _ in clips])
+    heard = lambda clips: SimpleNamespace(
+        frames=[torch.zeros(1, 2) for _ in clips], tags=np.eye(160)
+    )
+    asked = ear.ask_toy(SimpleNamespace(listen=heard), load_codec("toy"), 80, ["sentence"])
+    count = len(asked["prompts"]["sentence"])
+    assert count < 80 and len(asked["real"].tags) == len(asked["codes"]) == count
+
+
 @installed
 def test_held_out_music_is_what_a_system_is_compared_with(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -154,5 +166,7 @@ def test_held_out_music_is_what_a_system_is_compared_with(tmp_path, monkeypatch,
     start = round(row["start"] * 44100)
     expected = read_audio(row["path"])[0][start : start + 44100]
     assert np.array_equal(ear.original(row, 1), expected)
+    with pytest.raises(ValueError, match="was not made from audio files"):
+        ear.ask(None, load_codec("toy"), corpus.folder(), 2, 2.0)
     with pytest.raises(ValueError, match="held-out clips of 99 s: 4 are needed"):
         evaluate.main(["--data", "d", "--seconds", "99"])

@@ -1,5 +1,6 @@
 """Playing the shipped model: any length, any format, the same audio for the same seed."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import soundfile
 import torch
 
 import sample
+from checkpoint import load_text_encoder
 from options import entry
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +77,31 @@ def test_a_folder_of_another_program_does_not_matter(tmp_path, monkeypatch):
         (folder / "config.json").write_text(text)
     assert sample.newest_checkpoint() == sample.SHIPPED
     assert sample.newest_checkpoint(refiner=True) == sample.SHIPPED_REFINER
+
+
+def test_a_refiner_is_heard_with_a_model_that_it_fits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, codec, codebooks in (("a", "toy", 1), ("b", "toy", 9), ("c", "dac", 1)):
+        config = dict(model=dict(codebooks=codebooks), codec=codec, train={})
+        (tmp_path / f"out/{name}/best").mkdir(parents=True)
+        (tmp_path / f"out/{name}/best/config.json").write_text(json.dumps(config))
+    assert sample.newest_checkpoint(codec="toy") == Path("out/a/best")
+    assert sample.newest_checkpoint(codec="dac") == Path("out/c/best")
+    assert sample.newest_checkpoint(codec="other") == sample.SHIPPED
+
+
+def test_prompts_that_are_no_text_do_not_end_the_music(monkeypatch):
+    lines = io.TextIOWrapper(io.BytesIO(b"\xff\xfe house\n\ntechno\n"), "ascii")
+    monkeypatch.setattr("sys.stdin", lines)
+    heard = []
+
+    class Latest(list):
+        def __setitem__(self, i, value):
+            heard.append(value)
+
+    sample.read_wishes(Latest(["jazz"]))
+    assert heard == ["\ufffd\ufffd house", "jazz", "techno"]
+    assert load_text_encoder(sample.SHIPPED)(heard)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("codebooks", [1, 9])
@@ -176,11 +203,15 @@ def test_streaming_gives_the_audio_of_the_file(tmp_path):
         (["jazz", "--refiner", "nowhere"], "no checkpoint at nowhere"),
         (["jazz", "--refiner", str(sample.SHIPPED)], "holds no refiner"),
         (["jazz", "--checkpoint", str(sample.SHIPPED_REFINER)], "it goes with --refiner"),
+        (["jazz", "--no-refiner", "--steps", "3"], "--steps is for a refiner"),
+        (["jazz", "--no-refiner", "--refiner", "x"], "do not go together"),
+        (["jazz", "--continue", "jazz.wav"], "would be replaced by its continuation"),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, options, sentence, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.wav").write_text("no audio")
+    (tmp_path / "jazz.wav").write_text("no audio")
     (tmp_path / "model.ckpt").write_bytes(b"not a checkpoint")
     before = set(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="2"):

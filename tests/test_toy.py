@@ -118,9 +118,15 @@ print([name for name in ("mido", "toy.composer", "toy.band") if name in sys.modu
 
 
 def test_a_corpus_of_another_codec_is_not_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "UNPACKED", tmp_path)
     (tmp_path / "manifest.jsonl").write_text("")
     with pytest.raises(ValueError, match="remove it"):
         command(monkeypatch, "build", "--out", tmp_path)
+    with pytest.raises(ValueError, match="--out needs --corpus-only"):  # or it would not ship
+        command(monkeypatch, "build", "--out", tmp_path / "elsewhere")
+    (tmp_path / "plan.json").write_text("{}")  # the user's own music
+    with pytest.raises(ValueError, match="holds other music"):
+        command(monkeypatch, "build", "--corpus-only", "--out", tmp_path)
 
 
 def test_every_genre_and_mood_plays_from_the_first_moment():

@@ -170,6 +170,7 @@ def test_fine_tuning_keeps_weights_shape_and_sampling_options_of_its_checkpoint(
         (["--init-from", "toy", "--blocks", "6"], "toy/lm has --blocks 4, not 6"),
         (["--init-from", "toy", "--variant", "mamba"], "--variant simba, not mamba"),
         (["--init-from", "nowhere"], "no checkpoint at nowhere"),
+        (["--init-from", "toy", "--text-encoder", "toy"], "brings its own --text-encoder"),
     ],
 )
 def test_another_shape_than_the_checkpoints_is_one_sentence(tmp_path, data, options, sentence):

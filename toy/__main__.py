@@ -60,6 +60,8 @@ def build(args):
         check_value(item.name, getattr(args, item.name), item.metadata["valid"])
     out = Path(args.out)
     if not args.corpus_only:
+        if out.resolve() != corpus.UNPACKED.resolve():
+            raise ValueError("--out needs --corpus-only: codec and tokenizer are those that ship")
         if (out / "manifest.jsonl").exists():
             why = "holds clips of the codec that would be replaced"
             raise ValueError(f"{out} {why}: remove it, or continue it with --corpus-only")

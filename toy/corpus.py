@@ -80,6 +80,8 @@ def play_and_encode(indices, mixtures) -> np.ndarray:
 def write_corpus(out, clips, full, mixtures):
     """Writes clips 0 ... `clips` - 1 to the data folder `out`: nine codebooks of the first `full`
     clips, one of the others. An interrupted corpus is continued."""
+    if (Path(out) / "plan.json").exists():
+        raise ValueError(f"{out} holds other music, made by data.py: choose another --out")
     writer = Writer(out, load_codec("toy"))
     todo = range(len(writer.rows()), clips)
     for part, codes in in_processes(partial(play_and_encode, mixtures=mixtures), todo, "corpus"):
