@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -112,9 +113,9 @@ def generate(
     the end of it. ValueError if the model's output is not finite.
 
     A model whose text is a prefix forgets it beyond the length of its training clips. So just
-    before it reaches that length, it reads the text again, and the last `kept` frames of the music
-    [as many as are `remembered`; 0: it never does]. Memory does not grow with `frames`, except for
-    a model with self-attention.
+    before it reaches that length, it reads the text again, and `kept` frames of the music [as many
+    as are `remembered`; 0: it never does], the last ones or those of the opening (`faithful`).
+    Memory does not grow with `frames`, except for a model with self-attention.
     """
     K = len(lm.heads)
     device = lm.heads[0].weight.device
@@ -137,6 +138,7 @@ def generate(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     done = []  # frames (R, K) that have all their codebooks
     reading = 0  # the step of the next reading
+    opening = None  # the music before the first one
     with precision(lm):
         text = encoder(captions)
     for s in range(steps):
@@ -150,6 +152,10 @@ def generate(
             reading = s + left
             codes = undelay(torch.stack(recent, 2)) if recent else codes
             past = before + s - len(recent)
+            if kept and s and halves == 2:
+                if opening is None:
+                    opening, began = undelay(torch.stack([*columns][-end:], 2)), before + s - end
+                codes = faithful(lm, text, codes, opening, past, began)
             with precision(lm):
                 logits, state = lm.prefill(*text, torch.cat([codes] * halves), left, past)
             step = None
@@ -174,6 +180,33 @@ def generate(
             with precision(lm):
                 step = step or step_function(lm, column, state)
                 logits = step(column)
+
+
+def faithful(lm, text, recent, opening, past, began=0):
+    """The music that a model hears when it reads its text again: `recent` (R, K, T), its last
+    frames. But music that has drifted from its text would drift on. So a row that owes its text
+    less than 0.8 of what its `opening` (R, K, L) did hears that again, from the same place in a
+    bar. past, began: frames of the piece before `recent`, and before `opening`."""
+    R, K, T = recent.shape
+    bpm = text[2][:R]
+    start = torch.where(bpm > 0, (past - began) % (4 * 60 * FRAME_RATE / bpm), 0).long()
+    start = start.clamp(max=opening.shape[2] - T)
+    frames = start[:, None, None] + torch.arange(T, device=start.device)
+    opening = opening.gather(2, frames.expand(R, K, T))
+    fits = owed(lm, text, recent, past) >= 0.8 * owed(lm, text, opening, past)
+    return torch.where(fits[:, None, None], recent, opening)
+
+
+def owed(lm, text, codes, past):
+    """How much likelier the text, of both halves of guidance, makes codes (R, K, T): the mean over
+    the frames of codebook 1, in nats (R,)"""
+    columns = torch.cat([lm.delay(codes)] * 2)[:, :, : codes.shape[2]]
+    with precision(lm):
+        logits = lm.heads[0](lm.read(columns, *text, past=past)[0])  # (2 R, T, V)
+    target = torch.cat([codes] * 2)[:, 0]
+    losses = F.cross_entropy(logits.float().mT, target, reduction="none").mean(1)
+    conditional, unconditional = losses.chunk(2)
+    return unconditional - conditional
 
 
 def undelay(columns):

@@ -12,6 +12,7 @@ import soundfile
 import torch
 
 import sample
+from audio import FRAME_RATE
 from checkpoint import load_text_encoder
 from options import entry
 
@@ -259,10 +260,17 @@ def test_memory_does_not_grow_with_length(tmp_path):
 @pytest.mark.parametrize("codebooks", [1, 3])
 @pytest.mark.parametrize("variant", ["simba", "cross-simba"])
 @torch.no_grad()
-def test_long_music_reads_its_text_again(variant, codebooks):
+def test_long_music_reads_its_text_again(variant, codebooks, monkeypatch):
     """Against the obvious way: before every column, a whole forward pass over all that counts."""
     from test_model import tiny
 
+    asked = []
+
+    def faithful(lm, text, recent, opening, past, began):  # tested below
+        asked.append((past, began, opening.shape[2]))
+        return recent
+
+    monkeypatch.setattr(sample, "faithful", faithful)
     lm, encoder = tiny(variant=variant, codebooks=codebooks, clock="beat", trained_frames=50)
     lm.beat_proj.weight.data.normal_()  # it starts at zero
     lm, encoder = lm.double(), encoder.double()
@@ -294,3 +302,40 @@ def test_long_music_reads_its_text_again(variant, codebooks):
         columns = torch.cat([columns, column[..., None]], 2)
         length += 1
     assert (sample.undelay(columns)[:, :, given + 1 :][..., :frames] == found).all()
+    read = [(33, 0, 48), (66, 0, 48)] if variant == "simba" else []
+    assert asked == read
+
+
+@torch.no_grad()
+def test_music_that_has_drifted_from_its_text_hears_its_opening():
+    from test_model import tiny
+
+    lm, encoder = tiny(clock="beat", trained_frames=300)
+    lm.beat_proj.weight.data.normal_()
+    lm, encoder = lm.double(), encoder.double()
+    prompts, past, began, T = ["jazz at 120 bpm", "a waltz", "techno, 131.5 bpm"] * 4, 777, 30, 40
+    rng = torch.Generator().manual_seed(0)
+    recent, opening = (
+        torch.randint(0, lm.config.codebook_size, (12, 1, L), generator=rng) for L in (T, 250)
+    )
+    text = encoder([*prompts, *[""] * 12])
+    heard = sample.faithful(lm, text, recent, opening, past, began)
+
+    def owed(i, codes):
+        nats = []
+        for half in (i, 12 + i):
+            h, _ = lm.read(lm.delay(codes)[..., :T], *(v[half : half + 1] for v in text), past=past)
+            p = lm.heads[0](h)[0].log_softmax(-1)
+            nats.append(sum(p[t, code] for t, code in enumerate(codes[0, 0])) / T)
+        return nats[0] - nats[1]
+
+    expected = []
+    for i in range(12):
+        bpm = (120, None, 131.5)[i % 3]
+        start = int((past - began) % (240 * FRAME_RATE / bpm)) if bpm else 0
+        part = opening[i : i + 1, :, start : start + T]
+        drifted = owed(i, recent[i : i + 1]) < 0.8 * owed(i, part)
+        expected.append(part if drifted else recent[i : i + 1])
+    assert torch.equal(heard, torch.cat(expected))
+    same = [torch.equal(a, b) for a, b in zip(heard, recent)]
+    assert 0 < sum(same) < 12
