@@ -363,7 +363,7 @@ def parse_arguments(argv=None):
     codecs = [read_config(part).get("codec") for part in parts if part not in ("", "none")]
     args.codec = codecs[0] if codecs else "toy"
     check_value("count", args.count, "[2, 1e9]")
-    check_value("seconds", min(args.seconds), "(0, 1e9]")
+    check_value("seconds", min(args.seconds), "[0.1, 3600]")
     if bool(args.musiccaps) != bool(args.clips):
         raise ValueError("--musiccaps CSV and --clips FOLDER belong together")
     if not args.musiccaps and (args.clap or args.kl_average != "clips"):

@@ -4,7 +4,8 @@
     python -m experiments.words --seconds 600 --count 8  ten minutes
     python -m experiments.words out/study/*-0/best       models of your own
 
-Writes results/words.md, .csv and .png. Held-out prompts; all measures are of the same samples:
+Writes results/words.md, .csv and .png; of another length words-600.md and so on. Held-out prompts;
+all measures are of the same samples:
 
   distance   of the next-token distributions with and without the prompt (total variation)
   told       the prompt is the likeliest of eight, for the model reading those ten seconds alone
@@ -135,7 +136,8 @@ def main(argv=None):
     check_value("count", args.count, "[8, 64]")
     table, curves = measure({m: m for m in args.models}, args.seconds, args.count)
     about = f"{args.count} held-out prompts, {args.seconds:g} s each. Brackets: 95% intervals."
-    report("words", f"Words and {args.seconds:g} s of music", table, about)
+    name = "words" if args.seconds == 60 else f"words-{args.seconds:g}"
+    report(name, f"Words and {args.seconds:g} s of music", table, about)
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, values in curves.items():
@@ -143,7 +145,7 @@ def main(argv=None):
         axes.plot((np.arange(len(smooth)) + 86) / FRAME_RATE, smooth, label=name)
     axes.set(xlabel="seconds of music", ylabel="distance with and without the text", ylim=(0, None))
     axes.legend(frameon=False)
-    figure.savefig(RESULTS / "words.png", dpi=120)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def make_page(systems, prompts, out, count=24):
     out, clips = Path(out), {}
     for system in map(Path, systems):
         files = [p for p in system.iterdir() if p.suffix.lower() in (*FORMATS, ".mp3")]
-        clips[system.name] = {int(p.stem): p for p in files if p.stem.isdecimal()}
+        clips[system.resolve().name] = {int(p.stem): p for p in files if p.stem.isdecimal()}
     shared = [i for i in range(len(prompts)) if all(i in files for files in clips.values())]
     if len(clips) < max(2, len(systems)) or len(shared) < QUESTIONS:
         raise ValueError(
