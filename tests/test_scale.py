@@ -142,7 +142,8 @@ def test_a_checkpoint_survives_kill_9_at_any_moment(tmp_path):
         for p in named.values():
             p.data.fill_(step)
         save_checkpoint(folder, lm, encoder, dict(step=step))
-        save_trainer(folder, named, optimizer, None, dict(step=step), one)
+        about = dict(step=step, best=1.0, data="")
+        save_trainer(folder, named, optimizer, None, about, one)
 
     save(0)
     newest = 0
