@@ -68,6 +68,13 @@ def _tokenizer(text):
     return Tokenizer.from_str(text)
 
 
+def test_pooled_text_is_the_mean_over_the_tokens_of_a_caption():
+    encoder = TextEncoder.small(tokenizer_json(), d_model=32).eval()
+    captions = ["slow piano waltz", "jazz", ""]
+    alone = [encoder([caption])[0][0].mean(0) for caption in captions]
+    torch.testing.assert_close(encoder.pooled(captions), torch.stack(alone))
+
+
 def test_playing_does_not_import_transformers():
     import subprocess
     import sys
