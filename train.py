@@ -569,7 +569,7 @@ def conclude(log, objective, run):
     loss = f"{best['right']:.3f} {unit(objective.codec)}"
     print(f"{run}: best validation loss {loss}, at step {best['step']}")
     below = best["right"] - log.recent_loss()
-    if best is not rows[-1] and below > 0:
+    if rows[-1]["right"] > 1.01 * best["right"] and below > 0:
         print(f"It overfits since then: the training loss is {below:.3f} lower; {run}/best plays.")
     figures.loss_curve(log.rows, run / "loss.png")
     print(f"The curve is in {run}/loss.png")
