@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from matplotlib.axes import Axes
 
 import sample
-from audio import FRAME_RATE
+from audio import FRAME_RATE, Picture
 from checkpoint import load_text_encoder
 from options import entry
 
@@ -227,6 +228,18 @@ def test_a_prompt_may_look_like_a_formula_in_the_picture(tmp_path):
     done = play(prompt, "--seconds", 1, "--out", "x.wav", cwd=tmp_path)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     assert (tmp_path / "x.png").exists()
+
+
+def test_the_picture_shows_seconds(tmp_path, monkeypatch):
+    shown = []
+    show = Axes.imshow
+    monkeypatch.setattr(
+        Axes, "imshow", lambda self, *a, **b: shown.append(b["extent"]) or show(self, *a, **b)
+    )
+    picture = Picture(44100 * 3)
+    list(picture.watch(torch.randn(3, 44100)))
+    picture.save(tmp_path / "x.png", "noise", 44100)
+    assert shown == [(0, pytest.approx(3, abs=0.05), 0, 128)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
