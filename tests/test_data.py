@@ -51,6 +51,7 @@ def test_clips_come_back_as_written_over_several_shards(tmp_path, monkeypatch):
             assert clips.rows[i]["caption"] == row["caption"]
             assert (clips.codes(i) == codes[:1]).all()
             assert (clips.codes(i, 5, 10) == codes[:1, 5:15]).all()
+    assert clips.meta["frame_rate"] == pytest.approx(86.13, abs=0.01)
     full = Clips(tmp_path, "train", codebooks=9)
     assert [r["caption"] for r in full.rows] == [
         r["caption"] for c, r in written if r["split"] == "train" and len(c) == 9
