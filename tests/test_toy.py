@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import train
-from checkpoint import load_checkpoint, read_config, save_checkpoint
+from checkpoint import load_checkpoint, read_config, read_tensors, save_checkpoint
 from data import Clips
 from model import LMConfig, MusicLM
 from text import TextEncoder
@@ -86,6 +86,8 @@ def test_what_ships_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     assert config["step"] == 3 and config["best"] == 0.5 and config["codec"] == "toy"
     shipped = load_checkpoint(tmp_path / "toy" / "lm").state_dict()
     assert all((v.half() == shipped[k].half()).all() for k, v in lm.state_dict().items())
+    stored = read_tensors(tmp_path / "toy" / "lm")
+    assert {v.dtype for v in stored.values()} == {torch.float16}  # they are in the repository
     encoder = corpus.text_encoder()
     encoder.name = str(tmp_path)
     monkeypatch.setattr(TextEncoder, "pretrained", lambda name: encoder)
