@@ -83,7 +83,9 @@ def audio_files(root):
         for real in below.keys() & seen:
             del below[real]
         # Not into data folders: `show` writes clips there.
-        names[:] = sorted(n for real, n in below.items() if not os.path.exists(f"{real}/plan.json"))
+        names[:] = sorted(
+            n for real, n in below.items() if not os.path.exists(f"{real}/manifest.jsonl")
+        )
         seen.update(below)
         for path in (os.path.join(folder, name) for name in files):
             if os.path.splitext(path)[1].lower() in AUDIO:

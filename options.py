@@ -70,20 +70,25 @@ def entry(main):
     if module := sys.modules["__main__"].__spec__:  # started with -m
         sys.argv[0] = f"python -m {module.name.removesuffix('.__main__')}"
     sys.stdout.reconfigure(errors="backslashreplace")  # in a terminal without UTF-8; as stderr does
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished files are removed
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (ValueError, OSError) as error:
+        end(error)
+    except (MemoryError, RuntimeError) as error:  # torch's are of the second kind
+        if "memory" not in repr(error).lower():
             raise
-        if isinstance(error, (MemoryError, RuntimeError)):
-            error = "out of memory: smaller sizes, --batch above all, need less"
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        end("out of memory: smaller sizes, --batch above all, need less")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def end(reason):
+    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextmanager

@@ -281,6 +281,19 @@ def test_bad_options_get_one_sentence(tmp_path, data, options, sentence, monkeyp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried ...")])
+def test_too_little_memory_is_one_sentence(error, capsys):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        entry(fail)
+    assert "out of memory: smaller sizes, --batch" in capsys.readouterr().err
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        entry(fail)
+
+
 def test_a_run_is_not_overwritten(tmp_path, run):
     (tmp_path / "r/last").mkdir(parents=True)
     (tmp_path / "r/last/trainer.safetensors").touch()
