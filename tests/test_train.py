@@ -136,6 +136,14 @@ def test_validation_is_the_mean_over_all_windows_of_all_clips(data, monkeypatch)
     assert found["right"] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
 
 
+def test_a_refiner_is_validated_with_all_of_codebook_1_and_without(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "refiner_loss", lambda *a: seen.append(a[5]) or torch.zeros(()))
+    parts = SimpleNamespace(encoder=None, codec=None, teacher=None)
+    assert {*train.refiner_losses(None, parts, torch.zeros(3), [], 0)} == {"", "_blind"}
+    assert seen == [0.0, 1.0]
+
+
 def test_overfitting_is_said_at_the_end(run, monkeypatch, capsys):
     scores = iter([5.0, 1.0, 9.0])
     names = ("right", "right_1s", "shuffled", "shuffled_1s", "empty", "empty_1s")
