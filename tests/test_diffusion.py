@@ -291,7 +291,7 @@ def test_a_refiner_is_validated_on_windows():
         valid_clips=2, batch=26, seconds=64 * 512 / 44100, crop=64 * 512 / 44100
     )
     objective = train.Objective(refiner, encoder, CODEC, config)
-    data = SimpleNamespace(valid=clips, describe=lambda row, rng: str(row["factors"]))
+    data = SimpleNamespace(valid=clips, describe=lambda row, rng: str(row["offset"]))
     scores = train.validate(refiner, objective, data, config)
     assert [tuple(x.shape[::2]) for x, _ in seen] == [(2 * (862 // 64), 64)] * 6
     assert all(np.isfinite(score) for score in scores.values())
