@@ -35,7 +35,7 @@ from scipy.spatial.distance import pdist
 from scipy.special import rel_entr
 from tqdm import tqdm
 
-from audio import read_audio, write_audio, write_text
+from audio import SAMPLE_RATE, read_audio, write_audio, write_text
 from checkpoint import read_config
 from codec import load_codec
 from data import Clips
@@ -151,7 +151,11 @@ def music(system, prompts, seconds) -> list[Path]:
     """Plays prompts, each with its number as the seed. Clips in out/eval are not played again."""
     kind, play, version = type_of(system), compose, system
     if kind == "audio":
-        return answers_in(Path(system), len(prompts))
+        files = answers_in(Path(system), len(prompts))
+        for file in files:
+            if (length := read_audio(file).shape[1] / SAMPLE_RATE) < 0.9 * seconds:
+                raise ValueError(f"{file} lasts {length:.1f} s, where others play {seconds:g} s")
+        return files
     if kind == "checkpoint":
         version = fingerprint(system)
     else:

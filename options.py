@@ -56,13 +56,14 @@ def add_arguments(parser, config, **defaults):
         parser.add_argument(flag(item.name), default=default, help=text.replace("%", "%%"), **kind)
 
 
-def read_lines(file):
-    """The lines of a UTF-8 text file that are not empty. ValueError if it cannot be read."""
+def read_lines(file, empty=False):
+    """The lines of a UTF-8 text file; those that are empty too, if asked. ValueError if it cannot
+    be read."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")  # with or without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} could not be read as UTF-8 text ({error})") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.splitlines() if line.strip() or empty]
 
 
 def entry(main):

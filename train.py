@@ -453,7 +453,7 @@ def trained_parameters(objective):
 def validate(model, objective, data, config):
     """Losses on held-out clips, drawn at random but always the same, in windows as long as
     training's longest: with the right captions, with those of other clips ("shuffled") and without
-    ("empty").
+    ("empty"). If all have the same caption, there is no "shuffled".
 
     Of a language model: nats per token, and those of the first second of each window, where the
     text is all there is to go by ("right_1s"). Of a refiner: the squared error of v, and the same
@@ -467,6 +467,8 @@ def validate(model, objective, data, config):
     chosen = np.random.default_rng(17).permutation(len(clips))[: config.valid_clips]
     captions = [data.describe(clips.rows[i], np.random.default_rng([17, i])) for i in chosen]
     others = dict(right=captions, shuffled=captions[1:] + captions[:1], empty=[""] * len(chosen))
+    if len({*captions}) == 1:
+        del others["shuffled"]  # it would look as if words did not matter
     windows = []  # (number of the caption, clip, first frame); the rest of a clip is not read
     for number, i in enumerate(chosen):
         last = max(0, clips.rows[i]["frames"] - length)

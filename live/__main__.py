@@ -158,6 +158,7 @@ def main(argv=None):
     check_value("listeners", args.listeners, "[1, 64]")
     system = System(args.checkpoint or newest_checkpoint(), args.refiner)
     shown = "127.0.0.1" if args.host == "0.0.0.0" else args.host
+    shown = f"[{shown}]" if ":" in shown else shown
     url = f"http://{shown}:{args.port}"
 
     def ready(_):  # aiohttp calls it once it has the port

@@ -36,8 +36,8 @@ def loss_curve(rows, path):
     axis = figure.subplots()
     axis.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), "0.6", lw=1, label="training")
     for kind in ("right", "shuffled", "empty"):
-        points = [(row["step"], row[kind]) for row in rows if kind in row]
-        axis.plot(*zip(*points), "o-", ms=3, label=f"validation, {kind} captions")
+        if points := [(row["step"], row[kind]) for row in rows if kind in row]:
+            axis.plot(*zip(*points), "o-", ms=3, label=f"validation, {kind} captions")
     axis.set(xlabel="step", ylabel="loss", yscale="log")
     axis.legend()
     figure.savefig(path, dpi=120)

@@ -40,6 +40,7 @@ def make_page(systems, prompts, out, count=24):
         files = [p for p in system.iterdir() if p.suffix.lower() in (*FORMATS, ".mp3")]
         clips[system.resolve().name] = {int(p.stem): p for p in files if p.stem.isdecimal()}
     shared = [i for i in range(len(prompts)) if all(i in files for files in clips.values())]
+    shared = [i for i in shared if prompts[i]]
     if len(clips) < max(2, len(systems)) or len(shared) < QUESTIONS:
         raise ValueError(
             f"a listening test needs folders of different names, two or more, that share clips of"
@@ -113,7 +114,7 @@ def main():
         raise ValueError("tally reads one folder: put all answers and the key there")
     if args.command == "tally":
         return print(table(*tally(args.folders[0])))
-    count = make_page(args.folders, read_lines(args.prompts), args.out)
+    count = make_page(args.folders, read_lines(args.prompts, empty=True), args.out)
     print(f"{args.out}: {count} prompts; keep {Path(args.out).with_suffix('.key.json')} private")
 
 

@@ -416,11 +416,13 @@ def test_a_broken_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 def test_a_folder_of_audio_is_a_system(tmp_path):
     for name in ("000.wav", "001.WAV", "002.mp3", "002.txt"):
-        (tmp_path / name).touch()
+        soundfile.write(tmp_path / name, np.full(44100, 0.1), 44100, format="WAV")
     files = evaluate.music(tmp_path, ["a"] * 3, 1.0)
     assert [p.name for p in files] == ["000.wav", "001.WAV", "002.mp3"]
     with pytest.raises(ValueError, match="lacks 2 of 5 clips, such as 003.wav"):
         evaluate.music(tmp_path, ["a"] * 5, 1.0)
+    with pytest.raises(ValueError, match="000.wav lasts 1.0 s, where others play 10 s"):
+        evaluate.music(tmp_path, ["a"] * 3, 10.0)
 
 
 def test_a_checkpoint_may_name_its_refiner(tmp_path):

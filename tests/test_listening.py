@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from options import read_lines
 from paper import listening
 
 SYSTEMS = ["secret-mamba", "secret-transformer", "secret-musicgen"]
@@ -37,6 +38,15 @@ def test_the_page_is_whole_and_names_nobody(page):
     assert all(code in text for code in key)
     assert sum(f"prompt number {i}," in text for i in range(5)) == 4  # drawn at random
     assert not list(page.parent.glob(".*"))
+
+
+def test_an_empty_line_of_the_prompts_keeps_its_number(page, tmp_path):
+    (tmp_path / "prompts.txt").write_text("first\n\nthird\nfourth\nfifth\n")
+    lines = read_lines(tmp_path / "prompts.txt", empty=True)
+    assert lines == ["first", "", "third", "fourth", "fifth"]
+    folders = [tmp_path / s for s in SYSTEMS]
+    assert listening.make_page(folders, lines, tmp_path / "other.html") == 4
+    assert "third" in (tmp_path / "other.html").read_text()
 
 
 def test_marks_are_counted_by_system(page, tmp_path):
