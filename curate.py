@@ -79,14 +79,13 @@ def audio_files(root):
     seen, found = {os.path.realpath(root)}, []
     failed = lambda error: found.append((error.filename, f"cannot be read: {error.strerror}"))
     for folder, names, files in os.walk(root, followlinks=True, onerror=failed):
-        below = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(names)[::-1]}
-        for real in below.keys() & seen:
-            del below[real]
-        # Not into data folders: `show` writes clips there.
-        names[:] = sorted(
-            n for real, n in below.items() if not os.path.exists(f"{real}/manifest.jsonl")
-        )
-        seen.update(below)
+        for name in sorted(names):
+            real = os.path.realpath(os.path.join(folder, name))
+            # Not into data folders: `show` writes clips there.
+            if real in seen or os.path.exists(f"{real}/manifest.jsonl"):
+                names.remove(name)
+            seen.add(real)
+        names.sort()
         for path in (os.path.join(folder, name) for name in files):
             if os.path.splitext(path)[1].lower() in AUDIO:
                 usable = os.path.isfile(path)
@@ -542,11 +541,11 @@ def main(argv=None):
     look.add_argument("--out", type=Path, help="folder for audio and pictures [FOLDER/show]")
     look.add_argument("--seed", type=int, default=0, help="another seed shows others [0]")
     args = parser.parse_args(argv)
-    for name in {"n", "choose", "seed"} & {*vars(args)}:
-        check_value(name, getattr(args, name), "[0, 4294967296)" if name == "seed" else "[1, 1e9]")
     if os.path.isfile(getattr(args, "captions", "")):
         args.captions = os.path.abspath(args.captions)
     if args.command == "show":
+        check_value("n", args.n, "[1, 1e9]")
+        check_value("seed", args.seed, "[0, 4294967296)")
         return show(args.folder, args.n, args.out or args.folder / "show", args.seed)
     options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
     plan = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "valid")}
@@ -555,5 +554,6 @@ def main(argv=None):
     elif args.command == "jamendo":
         tracks = jamendo_tracks(args.metadata, args.audio, args.song_describer, options)
     else:
+        check_value("choose", args.choose, "[1, 1e9]")
         tracks = musiccaps_tracks(args.table, args.audio, args.choose, options)
     build(tracks, args.out, plan, options)

@@ -77,6 +77,15 @@ class Clips:
         shards = {row["shard"] for row in self.rows}
         self.shards = {i: np.memmap(folder / f"codes-{i:05}.bin", np.uint16, "r") for i in shards}
 
+        for row in self.rows:
+            end = row["offset"] + row["codebooks"] * row["frames"]
+            if end > len(self.shards[row["shard"]]):
+                raise self.damaged(row)
+
+    def damaged(self, row):
+        file = f"codes-{row['shard']:05}.bin"
+        return ValueError(f"{self.folder}: {file} is damaged; make it again")
+
     def __len__(self):
         return len(self.rows)
 
@@ -85,12 +94,10 @@ class Clips:
         row = self.rows[i]
         K, T, size = row["codebooks"], row["frames"], self.meta["codebook_size"]
         clip = self.shards[row["shard"]][row["offset"] : row["offset"] + K * T]
-        if len(clip) < K * T or clip.max(initial=0) >= size:
-            raise ValueError(
-                f"{self.folder}: codes-{row['shard']:05}.bin is damaged; make it again"
-            )
         frames = T - start if frames is None else frames
         clip = clip.reshape(K, T)[: self.codebooks, start : start + frames].astype(np.int64)
+        if clip.max(initial=0) >= size:
+            raise self.damaged(row)
         missing = (0, 0), (0, frames - clip.shape[1])
         return np.pad(clip, missing, constant_values=size)
 

@@ -151,11 +151,7 @@ def music(system, prompts, seconds) -> list[Path]:
     """Plays prompts, each with its number as the seed. Clips in out/eval are not played again."""
     kind, play, version = type_of(system), compose, system
     if kind == "audio":
-        files = answers_in(Path(system), len(prompts))
-        for file in files:
-            if (length := read_audio(file).shape[1] / SAMPLE_RATE) < 0.9 * seconds:
-                raise ValueError(f"{file} lasts {length:.1f} s, where others play {seconds:g} s")
-        return files
+        return answers_in(Path(system), len(prompts))
     if kind == "checkpoint":
         version = fingerprint(system)
     else:
@@ -272,11 +268,13 @@ def measure(systems, ruler, task) -> dict:
             clips = (task.codec.decode(task.codec.from_codes(c[None]))[0] for c in codes)
             table[system] = judged(ruler, task, ruler.listen(clips))
             continue
-        kinds = [first] if type_of(system) == "audio" else [*task.prompts]
+        given = type_of(system) == "audio"  # by others, maybe of another length
+        kinds = [first] if given else [*task.prompts]
         for kind in kinds:
             row = f"{system}, {kind}" if len(kinds) > 1 else system
             files = music(system, task.prompts[kind], task.seconds)
-            table[row] = judged(ruler, task, listen(ruler, files, row), task.prompts[kind])
+            heard = listen(ruler, files, row, task.seconds if given else 0)
+            table[row] = judged(ruler, task, heard, task.prompts[kind])
             if type_of(system) != "checkpoint":
                 continue
             if task.training:
@@ -295,8 +293,16 @@ def measure(systems, ruler, task) -> dict:
     return table
 
 
-def listen(ruler, files, title):
-    return ruler.listen(read_audio(file)[0] for file in tqdm(files, title, disable=None))
+def listen(ruler, files, title, seconds=0):
+    return ruler.listen(read_clip(file, seconds) for file in tqdm(files, title, disable=None))
+
+
+def read_clip(file, seconds):
+    """A file's audio (S,). ValueError if it is much shorter than `seconds`."""
+    audio = read_audio(file)[0]
+    if (length := len(audio) / SAMPLE_RATE) < 0.9 * seconds:
+        raise ValueError(f"{file} lasts {length:.1f} s, where others play {seconds:g} s")
+    return audio
 
 
 def judged(ruler, task, heard, captions=None) -> dict:

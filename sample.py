@@ -182,24 +182,26 @@ def generate(
                 logits = step(column)
 
 
-def faithful(lm, text, recent, opening, past, began=0):
-    """The music that a model hears when it reads its text again: `recent` (R, K, T), its last
-    frames. But music that has drifted from its text would drift on. So a row that owes its text
-    less than 0.8 of what its `opening` (R, K, L) did hears that again, from the same place in a
-    bar. past, began: frames of the piece before `recent`, and before `opening`."""
+def faithful(lm, text, recent, opening, past, began):
+    """What each row hears when the text is read again: its last frames, `recent` (R, K, T), or, if
+    those have drifted from the text, frames of its `opening` (R, K, L), from the same place in a
+    bar. Drifted: the `text_gain` is below 0.8 of that of the opening.
+
+    past, began: frames of the piece before `recent`, and before `opening`.
+    """
     R, K, T = recent.shape
     bpm = text[2][:R]
     start = torch.where(bpm > 0, (past - began) % (4 * 60 * FRAME_RATE / bpm), 0).long()
     start = start.clamp(max=opening.shape[2] - T)
     frames = start[:, None, None] + torch.arange(T, device=start.device)
     opening = opening.gather(2, frames.expand(R, K, T))
-    fits = owed(lm, text, recent, past) >= 0.8 * owed(lm, text, opening, past)
+    fits = text_gain(lm, text, recent, past) >= 0.8 * text_gain(lm, text, opening, past)
     return torch.where(fits[:, None, None], recent, opening)
 
 
-def owed(lm, text, codes, past):
-    """How much likelier the text, of both halves of guidance, makes codes (R, K, T): the mean over
-    the frames of codebook 1, in nats (R,)"""
+def text_gain(lm, text, codes, past):
+    """How much better codebook 1 of codes (R, K, T) is predicted with the prompt than without it:
+    nats a frame, (R,). text: of both halves of guidance."""
     columns = torch.cat([lm.delay(codes)] * 2)[:, :, : codes.shape[2]]
     with precision(lm):
         logits = lm.heads[0](lm.read(columns, *text, past=past)[0])  # (2 R, T, V)
@@ -399,7 +401,7 @@ def stored_sampling(folder) -> dict:
 
 def newest_checkpoint(refiner=False, codec=None):
     """best/ of the user's newest run (of a refiner, or of a language model), else what ships.
-    codec: only of one whose codebook 1 of this codec can be refined."""
+    codec: only language models that write codebook 1 of this codec, for a refiner."""
     runs = []
     for file in Path("out").glob("*/best/config.json"):
         try:
@@ -597,13 +599,17 @@ def play(chunks, sample_rate, to_stdout):
             raise ValueError("--play needs `aplay` or sox's `play`: apt-get install alsa-utils")
         player = subprocess.Popen([*command, str(sample_rate)], stdin=subprocess.PIPE)
         sink = player.stdin
-    for chunk in chunks:
-        sink.write(pcm(chunk))
-        sink.flush()
-    if player:
-        player.stdin.close()
-        if player.wait():
-            raise ValueError(f"{player.args[0]} could not play it")
+    try:
+        for chunk in chunks:
+            sink.write(pcm(chunk))
+            sink.flush()
+        if player:
+            player.stdin.close()
+    except BrokenPipeError:
+        if not player:
+            raise  # the listener closed the stream: `entry` ends
+    if player and player.wait():
+        raise ValueError(f"{player.args[0]} could not play it")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,15 @@ def test_a_prompt_may_look_like_a_formula_in_the_picture(tmp_path):
     done = play(prompt, "--seconds", 1, "--out", "x.wav", cwd=tmp_path)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     assert (tmp_path / "x.png").exists()
+
+
+def test_a_player_that_fails_is_told(tmp_path, monkeypatch):
+    (tmp_path / "aplay").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "aplay").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for seconds in (0.01, 60):  # it ends after, or before, all is written
+        with pytest.raises(ValueError, match="aplay could not play it"):
+            sample.play([torch.zeros(int(44100 * seconds))], 44100, False)
 
 
 def test_the_picture_shows_seconds(tmp_path, monkeypatch):
