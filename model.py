@@ -228,8 +228,7 @@ class Mamba2(nn.Module):
         return self.out_proj(y), MambaState(conv, ssm)
 
     def step(self, h, state):
-        on_gpu = ssd_kernel.available(state.ssm.mT)  # (..., P)
-        y = (ssd_kernel.step if on_gpu else self.step_function)(
+        y = self.step_function(
             self.in_proj(h), *state, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias,
             self.A_log, self.D, self.norm.weight, self.norm.eps,
         )  # fmt: skip
@@ -241,7 +240,7 @@ def mamba_step(zxBCdt, conv, ssm, weight, bias, dt_bias, A_log, D, norm, eps):
 
     zxBCdt (B, 2 H P + 2 N + H) -> (B, H P). The MambaState conv (B, d_conv - 1, H P + 2 N) and ssm
     (B,H,P,N) are updated in place. weight (H P + 2 N, d_conv) and bias are the convolution's; norm
-    (H P,) and eps RMSNorm's. `ssd_kernel.step` does the same on a GPU.
+    (H P,) and eps RMSNorm's.
     """
     H, P, N = ssm.shape[1:]
     z, xBC, dt = zxBCdt.split([H * P, H * P + 2 * N, H], -1)

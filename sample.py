@@ -251,7 +251,7 @@ LARGE = 50_000_000  # parameters from which a step is bound by reading the weigh
 def prepare(lm, device):
     """The model on its device, as it samples fastest. A step reads every weight once, so the
     matrices of a large model become bf16 where the hardware multiplies it. Vectors, convolutions
-    and states stay fp32. On a CPU with a C++ compiler the middle of Mamba-2 is compiled (seconds,
+    and states stay fp32. Where a compiler is at hand the middle of Mamba-2 is compiled (seconds,
     once), so that a step passes over the states once and not four times."""
     device = torch.device(device)
     if sum(p.numel() for p in lm.parameters()) < LARGE:
@@ -259,7 +259,8 @@ def prepare(lm, device):
         # do not depend on the number of cores.
         torch.set_num_threads(1)
     else:
-        compiles = device.type == "cpu" and (shutil.which("g++") or shutil.which("clang++"))
+        on_cpu = device.type == "cpu" and (shutil.which("g++") or shutil.which("clang++"))
+        compiles = on_cpu or ssd_kernel.obstacle(device) is None  # where there is Triton
         for layer in lm.modules():
             if isinstance(layer, Mamba2) and compiles:
                 layer.step_function = torch.compile(mamba_step, dynamic=False)
@@ -322,56 +323,6 @@ class System:
         if self.second:
             pieces = ahead(self.refine(prompt, ahead(pieces), seed, heard))
         return decode_stream(self.codec, itertools.chain([heard], pieces))
-
-
-TURN = 0.15  # seconds of the old music that are kept when the words change
-
-
-def follow(system, wish):
-    """Endless music that follows changing words -> yields audio (samples,), half a second each.
-
-    wish() -> (prompt, seed, options of `generate` as a dict), asked before each unit of music
-    (`unit_of`): what to play next. New words begin on a beat, and with them the metronome; a new
-    seed starts other music.
-    """
-    turn = round(TURN * FRAME_RATE)
-
-    def units():
-        codes = torch.empty(system.codec.codebooks, 0, dtype=torch.long)
-        playing = None, None
-        for number in itertools.count():
-            prompt, seed, options = wish()
-            if (prompt, seed) != playing:
-                codes = codes[:, -turn:] if seed == playing[1] else codes[:, :0]
-                playing = prompt, seed
-                unit = unit_of(float(system.encoder([prompt])[2])) * FRAME_RATE
-                count = begin = 0  # units and frames since the words changed
-            count += 1
-            end = round(count * unit)
-            heard = codes[: system.lm.config.codebooks]
-            now = seed + (number << 32)
-            blocks = generate(
-                system.lm, system.encoder, [prompt], end - begin, [now], codes=heard[None],
-                before=begin, **options,
-            )  # fmt: skip
-            made = torch.cat([*blocks], 2)[0]
-            begin = end
-            if system.second:
-                made = torch.cat([*system.refine(prompt, [made], now, codes)], 1)
-            codes = torch.cat([codes[: len(made)], made], 1)
-            codes = codes[:, -remembered(system.lm) :]
-            yield made
-
-    return decode_stream(system.codec, units(), 43)
-
-
-def unit_of(bpm):
-    """The largest half, quarter, ... of a bar of four beats that takes at most a second; half a
-    second to a second. bpm 0: unknown."""
-    seconds = 240 / bpm if bpm else 1.0
-    while seconds > 1.001:
-        seconds /= 2
-    return seconds
 
 
 def ahead(items, depth=4):
@@ -461,6 +412,8 @@ def main(argv=None):
     started = time.time()
     codec = system.codec
     if args.follow:
+        from live.follow import follow
+
         latest = [prompts[0]]
         threading.Thread(target=read_wishes, args=(latest,), daemon=True).start()
         audio = follow(system, lambda: (latest[0], args.seed, args.sampling))

@@ -1,4 +1,4 @@
-"""The SSD on a GPU: the chunked scan, its backward pass and one decoding step, as Triton kernels.
+"""The SSD on a GPU: the chunked scan and its backward pass, as Triton kernels.
 
 `ssd` computes what `model.ssd_chunked` computes; read that first. docs/kernel.md derives the
 formulas, draws the tiling of each kernel and counts the bytes.
@@ -36,8 +36,6 @@ except ImportError:  # on Macs, and in PyTorch's builds without CUDA
 
 jit = triton.jit if triton else lambda kernel: kernel
 
-# Keep the states that enter the chunks for the backward pass? 92 MB per layer at the paper's shape.
-KEEP_STATES = False
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -290,78 +288,6 @@ def dbc_kernel(
 
 
 # ------------------------------------------------------------------------------------------------
-# One frame of decoding: all of `model.Mamba2.step` between its two projections.
-#
-#     x, B, C = SiLU(convolution of the last TAPS inputs)            dt = softplus(dt + dt_bias)
-#     S <- e^{-dt e^{A_log}} S + dt x B^T      y = RMSNorm((S C + D x) * SiLU(z))
-#
-# step_kernel owns OWN_ROWS rows of one head's state, all N columns, so its part of y needs no other
-# program. It reads and writes the state, 8.4 MB in fp32 at the paper's shape. norm_kernel owns a
-# sequence, since RMSNorm needs all heads. It also shifts the convolution's inputs.
-
-
-@jit
-def convolve(inputs, new, weight, bias, channels, width, inside, TAPS: constexpr):
-    """SiLU of the convolution's output at the newest frame, for some of its `width` channels."""
-    y = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
-    for k in tl.static_range(TAPS):
-        frame = inputs + k * width if k < TAPS - 1 else new
-        tap = tl.load(weight + channels * TAPS + k, mask=inside, other=0.0).to(tl.float32)
-        y += tap * tl.load(frame + channels, mask=inside, other=0.0).to(tl.float32)
-    return y * tl.sigmoid(y)
-
-
-@jit
-def step_kernel(
-    zxBCdt, inputs, state, weight, bias, dt_bias, A_log, D, gated,
-    H: constexpr, P: constexpr, N: constexpr, TAPS: constexpr, OWN_ROWS: constexpr,
-    BLOCK_N: constexpr,
-):  # fmt: skip
-    width: constexpr = H * P + 2 * N
-    tile, h, b = place()
-    z = zxBCdt + b * (H * P + width + H)
-    new = z + H * P
-    inputs += b * (TAPS - 1) * width
-    p = tile * OWN_ROWS + tl.arange(0, OWN_ROWS)
-    n = tl.arange(0, BLOCK_N)
-    x = convolve(inputs, new, weight, bias, h * P + p, width, p < P, TAPS)  # (OWN_ROWS,)
-    B = convolve(inputs, new, weight, bias, H * P + n, width, n < N, TAPS)  # (BLOCK_N,)
-    C = convolve(inputs, new, weight, bias, H * P + N + n, width, n < N, TAPS)
-    v = tl.load(new + width + h).to(tl.float32) + tl.load(dt_bias + h).to(tl.float32)
-    e = tl.exp(-tl.abs(v))
-    u = 1.0 + e
-    log = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))  # log(1 + e) without loss (Kahan)
-    dt = tl.maximum(v, 0.0) + log  # softplus
-    here = state + (b * H + h) * P * N
-    S = load(here, p, n, N, P, N) * tl.exp(-dt * tl.exp(tl.load(A_log + h).to(tl.float32)))
-    S += (dt * x)[:, None] * B[None, :]
-    store(here, p, n, N, P, N, S)
-    y = tl.sum(S * C[None, :], 1) + tl.load(D + h).to(tl.float32) * x
-    gate = tl.load(z + h * P + p, mask=p < P, other=0.0).to(tl.float32)
-    tl.store(gated + (b * H + h) * P + p, y * gate * tl.sigmoid(gate), mask=p < P)
-
-
-@jit
-def norm_kernel(
-    gated, zxBCdt, inputs, norm, y, eps,
-    H: constexpr, P: constexpr, N: constexpr, TAPS: constexpr, BLOCK: constexpr,
-):  # fmt: skip
-    width: constexpr = H * P + 2 * N
-    b = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    g = tl.load(gated + b * H * P + i, mask=i < H * P, other=0.0)
-    g *= tl.rsqrt(tl.sum(g * g, 0) / (H * P) + eps)
-    g *= tl.load(norm + i, mask=i < H * P, other=0.0).to(tl.float32)
-    tl.store(y + b * H * P + i, g, mask=i < H * P)
-    inputs += b * (TAPS - 1) * width
-    new = zxBCdt + b * (H * P + width + H) + H * P
-    for k in tl.static_range(TAPS - 1):
-        later = inputs + (k + 1) * width if k < TAPS - 2 else new
-        frame = tl.load(later + i, mask=i < width, other=0.0)
-        tl.store(inputs + k * width + i, frame, mask=i < width)
-
-
-# ------------------------------------------------------------------------------------------------
 # The operator: tile sizes, launches, and what autograd and torch.compile need
 
 
@@ -436,8 +362,8 @@ def _states(v, w, dt, a, first, good, config, S=None):
 def ssd_forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, first: Tensor | None,
     good: Tensor, Q: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `ssd`, contiguous, x, B and C of one dtype, the rest fp32; also the entering states."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `ssd`, contiguous, x, B and C of one dtype, the rest fp32."""
     config, dt, a, CB = _prepare(x, dt, A, B, C, good, Q)
     b, chunks, H, Q = a.shape
     states, last, _ = _states(x, B, dt, a, first, good, config)
@@ -445,26 +371,25 @@ def ssd_forward(
     args = x, C, dt, a, CB, first, states, D, y, None, None, None, good, x.shape[1], chunks
     grid = Q // config["output"]["OWN_FRAMES"], H, b * chunks
     _launch(output_kernel, grid, *args, **config["output"], REVERSE=False)
-    return y, last, states
+    return y, last
 
 
 @ssd_forward.register_fake
 def _(x, dt, A, B, C, D, first, good, Q):
     b, L, H, P = x.shape
-    last = x.new_empty(b, H, P, B.shape[-1], dtype=torch.float32)
-    states = x.new_empty(b, max(1, -(-L // Q)), *last.shape[1:])
-    return torch.empty_like(x), last, states
+    return torch.empty_like(x), x.new_empty(b, H, P, B.shape[-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("ssd::backward", mutates_args=())
 def ssd_backward(
     dy: Tensor, dlast: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor, first: Tensor | None, good: Tensor, S: Tensor | None, Q: int,
+    D: Tensor, first: Tensor | None, good: Tensor, Q: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> dx, ddt, dA, dB, dC, dD, dfirst, each with its tensor's shape."""
+    """-> dx, ddt, dA, dB, dC, dD, dfirst, each with its tensor's shape. The states that enter the
+    chunks are computed again: kept, they would take 92 MB a layer at the paper's shape."""
     config, dt, a, CB = _prepare(x, dt, A, B, C, good, Q)
     L, (b, chunks, H, Q) = x.shape[1], a.shape
-    S = _states(x, B, dt, a, first, good, config)[0] if S is None else S
+    S = _states(x, B, dt, a, first, good, config)[0]
     G, dfirst, GS = _states(dy, C, dt, a, dlast, good, config, S)
     dx, dB, dC, dCB, direct, dD = map(torch.empty_like, (x, B, C, CB, dt, dt))
     args = dy, B, dt, a, CB, dlast, G, D, dx, x, direct, dD, good, L, chunks
@@ -492,7 +417,7 @@ def ssd_backward(
 
 
 @ssd_backward.register_fake
-def _(dy, dlast, x, dt, A, B, C, D, first, good, S, Q):
+def _(dy, dlast, x, dt, A, B, C, D, first, good, Q):
     dfirst = x.new_empty(x.shape[0], *x.shape[2:], B.shape[-1], dtype=torch.float32)
     return *map(torch.empty_like, (x, dt, A, B, C, A)), dfirst
 
@@ -500,10 +425,10 @@ def _(dy, dlast, x, dt, A, B, C, D, first, good, S, Q):
 def _save(ctx, inputs, output):
     *tensors, ctx.Q = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2] if KEEP_STATES else None)
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, dy, dlast, _):
+def _differentiate(ctx, dy, dlast):
     x, first = ctx.saved_tensors[0], ctx.saved_tensors[6]
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
@@ -514,31 +439,7 @@ def _differentiate(ctx, dy, dlast, _):
 ssd_forward.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op("ssd::step", mutates_args=("conv", "state"))
-def step(
-    zxBCdt: Tensor, conv: Tensor, state: Tensor, weight: Tensor, bias: Tensor, dt_bias: Tensor,
-    A_log: Tensor, D: Tensor, norm: Tensor, eps: float,
-) -> Tensor:  # fmt: skip
-    """`model.mamba_step` on a GPU: zxBCdt (B, 2 H P + 2 N + H) -> (B, H P) of the same dtype. conv
-    (B, TAPS - 1, H P + 2 N) and state (B,H,P,N), fp32 and contiguous, are updated in place."""
-    (b, H, P, N), TAPS = state.shape, weight.shape[1]
-    zxBCdt, weight = zxBCdt.contiguous(), weight.contiguous()
-    gated, y = state.new_empty(b, H * P), zxBCdt.new_empty(b, H * P)
-    shape = dict(H=H, P=P, N=N, TAPS=TAPS, num_warps=8)
-    rows, columns, width = (triton.next_power_of_2(n) for n in (P, N, H * P + 2 * N))
-    own = min(32, rows)
-    args = zxBCdt, conv, state, weight, bias, dt_bias, A_log, D, gated
-    _launch(step_kernel, (triton.cdiv(P, own), H, b), *args, **shape, OWN_ROWS=own, BLOCK_N=columns)
-    _launch(norm_kernel, (b,), gated, zxBCdt, conv, norm, y, eps, **shape, BLOCK=width)
-    return y
-
-
-@step.register_fake
-def _(zxBCdt, conv, state, weight, bias, dt_bias, A_log, D, norm, eps):
-    return zxBCdt.new_empty(state.shape[0], state.shape[1] * state.shape[2])
-
-
-@functools.cache  # every layer asks at every step of decoding
+@functools.cache  # every layer asks
 def obstacle(device):
     """Why the kernels cannot run on a device, in one line. None if they can."""
     if triton is None:
@@ -586,4 +487,4 @@ def ssd(x, dt, A, B, C, D=None, initial_state=None, chunk=256):
     first = None if initial_state is None else initial_state.float().contiguous()
     good = good_frames(x, dt, B, C).sum(1, dtype=torch.int32)
     Q = max(16, 1 << (min(chunk, x.shape[1]) - 1).bit_length())
-    return ssd_forward(x, dt, A, B, C, D, first, good, Q)[:2]
+    return ssd_forward(x, dt, A, B, C, D, first, good, Q)

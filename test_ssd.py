@@ -242,27 +242,21 @@ def test_the_state_is_fp32_in_bf16(function):
 # Steps
 
 
-STEPS = [
-    pytest.param(mamba_step, "cpu", id="pytorch"),
-    pytest.param(ssd_kernel.step, KERNEL.device, id="kernel", marks=needs_triton),
-]
-
-
-@pytest.mark.parametrize("step, device", STEPS)
-def test_steps_of_a_mamba_layer_are_its_forward(step, device):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_of_a_mamba_layer_are_its_forward(compiled):
     torch.manual_seed(0)
-    layer = Mamba2(LMConfig(d_model=40, d_state=24, headdim=20)).to(device)
+    layer = Mamba2(LMConfig(d_model=40, d_state=24, headdim=20)).to(KERNEL.device)
+    if compiled:  # as `sample.prepare` does
+        layer.step_function = torch.compile(mamba_step, dynamic=False)
     layer.norm.weight.data.uniform_(0.5, 2)
     layer.D.data.uniform_(0.5, 2)
-    h = torch.randn(3, 12, 40, device=device)
+    h = torch.randn(3, 12, 40, device=KERNEL.device)
     everything = Context(None, None, None)
     with torch.no_grad():
         y, end = layer(h, everything)
         _, state = layer(h[:, :7], everything)
-        weights = layer.conv1d.weight[:, 0], layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
         for t in range(7, 12):
-            frame = layer.in_proj(h[:, t])
-            inner = step(frame, *state, *weights, layer.norm.weight, layer.norm.eps)
-            torch.testing.assert_close(layer.out_proj(inner), y[:, t], rtol=1e-4, atol=1e-5)
+            found = layer.step(h[:, t], state)
+            torch.testing.assert_close(found, y[:, t], rtol=1e-4, atol=1e-5)
     for after_steps, after_forward in zip(state, end):
         torch.testing.assert_close(after_steps, after_forward, rtol=1e-4, atol=1e-5)

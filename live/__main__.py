@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 from aiohttp import WSMsgType, web
 
 from audio import pcm
+from live.follow import follow
 from options import check_value, entry, new_parser
-from sample import Sampling, System, add_models, follow, newest_checkpoint
+from sample import Sampling, System, add_models, newest_checkpoint
 
 PAGE = Path(__file__).with_name("page.html")
 AHEAD = 1.0  # seconds of music that wait to be heard

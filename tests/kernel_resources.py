@@ -31,12 +31,10 @@ def kernels(dtype, P, N, arch):
     constant None is an argument that is not given."""
     k, H = ssd_kernel, 32
     c = k.configurations(dtype, H, P, N, 256, SHARED_MEMORY[arch], arch // 10)
-    names = "v w x dy own other CB dCB states S out zxBCdt y".split()
-    types = dict.fromkeys(names, TYPES[dtype]) | {"L": "i32", "chunks": "i32", "eps": "fp32"}
+    names = "v w x dy own other CB dCB states S out".split()
+    types = dict.fromkeys(names, TYPES[dtype]) | {"L": "i32", "chunks": "i32"}
     types["good"] = "*i32"
     nothing = lambda names: dict.fromkeys(names.split())
-    step = dict(H=H, P=P, N=N, TAPS=4, num_warps=8, num_stages=3)
-    BLOCK_N, BLOCK = (triton.next_power_of_2(n) for n in (N, H * P + 2 * N))
     for kernel, constants in [
         (k.states_kernel, c["states"] | dict(REVERSE=False) | nothing("first S")),
         (k.states_kernel, c["states"] | dict(REVERSE=True)),
@@ -45,8 +43,6 @@ def kernels(dtype, P, N, arch):
         (k.dcb_kernel, c["dcb"]),
         (k.dbc_kernel, c["dbc"] | dict(REVERSE=False)),
         (k.dbc_kernel, c["dbc"] | dict(REVERSE=True)),
-        (k.step_kernel, step | dict(OWN_ROWS=min(32, P), BLOCK_N=BLOCK_N)),
-        (k.norm_kernel, step | dict(BLOCK=BLOCK)),
     ]:  # fmt: skip
         name = kernel.__name__.removesuffix("_kernel") + "'" * constants.get("REVERSE", False)
         yield name, kernel, constants, types
