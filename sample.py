@@ -182,6 +182,7 @@ def generate(
                 logits = step(column)
 
 
+@torch.inference_mode()
 def faithful(lm, text, recent, opening, past, began):
     """What each row hears when the text is read again: its last frames, `recent` (R, K, T), or, if
     those have drifted from the text, frames of its `opening` (R, K, L), from the same place in a

@@ -87,8 +87,10 @@ class Study:
         self.hear("judge", "What the judge hears, 10 s", models)
         self.hear("longer", "One stage or two, 25 s", longer, seconds=25.0)
         self.hear("refined", "Refiners after the model that ships", refiners)
-        minute, _ = words.measure({v: models[v] for v in VARIANTS}, 60.0, self.prompts // 4)
+        minute, curves = words.measure({v: models[v] for v in VARIANTS}, 60.0, self.prompts // 4)
         self.table("minute", "A minute of music", minute, f"{self.prompts // 4} prompts.")
+        words.draw(curves, self.results / "minute.png")
+        self.sections.append("![How far the text moves the predictions](minute.png)\n")
         self.write()
 
     def folder(self, label, seed=0):

@@ -125,6 +125,22 @@ def rise(codec, codes, places):
     return mean([row[p - 2 : p + 1].max() for row in change for p in places])
 
 
+def draw(curves, file):
+    """The distance over time, {name: (T,)}; dashed where the text is never read again."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    colours = {}
+    for name, values in curves.items():
+        model, _, never = name.partition(", never")
+        colour = colours.setdefault(model, f"C{len(colours)}")
+        smooth = np.convolve(values, np.ones(173) / 173, "valid")  # over two seconds
+        seconds = (np.arange(len(smooth)) + 86) / FRAME_RATE
+        axes.plot(seconds, smooth, colour, ls="--" if never else "-", label=name)
+    axes.set(xlabel="seconds of music", ylabel="distance with and without the text", ylim=(0, None))
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(file, dpi=120)
+
+
 def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
@@ -138,14 +154,7 @@ def main(argv=None):
     about = f"{args.count} held-out prompts, {args.seconds:g} s each. Brackets: 95% intervals."
     name = "words" if args.seconds == 60 else f"words-{args.seconds:g}"
     report(name, f"Words and {args.seconds:g} s of music", table, about)
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for name, values in curves.items():
-        smooth = np.convolve(values, np.ones(173) / 173, "valid")  # over two seconds
-        axes.plot((np.arange(len(smooth)) + 86) / FRAME_RATE, smooth, label=name)
-    axes.set(xlabel="seconds of music", ylabel="distance with and without the text", ylim=(0, None))
-    axes.legend(frameon=False)
-    figure.savefig(RESULTS / f"{name}.png", dpi=120)
+    draw(curves, RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

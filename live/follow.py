@@ -6,7 +6,7 @@ import torch
 
 from audio import FRAME_RATE
 from codec import decode_stream
-from sample import generate, remembered
+from sample import faithful, generate, played, remembered
 
 TURN = 0.15  # seconds of the old music that are kept when the words change
 
@@ -16,34 +16,40 @@ def follow(system, wish):
 
     wish() -> (prompt, seed, options of `generate` as a dict), asked before each unit of music
     (`unit_of`): what to play next. New words begin on a beat, and with them the metronome; a new
-    seed starts other music.
+    seed starts other music. What the language model hears is what it hears in `generate`.
     """
-    turn = round(TURN * FRAME_RATE)
+    lm, encoder = system.lm, system.encoder
+    K, turn, kept = len(lm.heads), round(TURN * FRAME_RATE), remembered(lm)
 
     def units():
-        codes = torch.empty(system.codec.codebooks, 0, dtype=torch.long)
+        codes = torch.empty(system.codec.codebooks, 0, dtype=torch.long)  # what was played last
         playing = None, None
         for number in itertools.count():
             prompt, seed, options = wish()
             if (prompt, seed) != playing:
                 codes = codes[:, -turn:] if seed == playing[1] else codes[:, :0]
                 playing = prompt, seed
-                unit = unit_of(float(system.encoder([prompt])[2])) * FRAME_RATE
+                text = encoder([prompt, options.get("negative", "")])
+                unit = unit_of(float(text[2][0])) * FRAME_RATE
                 count = begin = 0  # units and frames since the words changed
+                opening, heard = codes[:K, :0], codes[:K]  # what the language model hears
             count += 1
             end = round(count * unit)
-            heard = codes[: system.lm.config.codebooks]
+            if lm.config.prefix and heard.shape[1] + end - begin > played(lm):
+                recent = heard[None, :, -kept:]
+                heard = faithful(lm, text, recent, opening[None], begin - kept, 0)[0]
             now = seed + (number << 32)
             blocks = generate(
-                system.lm, system.encoder, [prompt], end - begin, [now], codes=heard[None],
-                before=begin, **options,
+                lm, encoder, [prompt], end - begin, [now], codes=heard[None], before=begin,
+                **options,
             )  # fmt: skip
             made = torch.cat([*blocks], 2)[0]
             begin = end
+            heard = torch.cat([heard, made], 1)[:, -played(lm) :]
+            opening = torch.cat([opening, made], 1)[:, : played(lm)]
             if system.second:
                 made = torch.cat([*system.refine(prompt, [made], now, codes)], 1)
-            codes = torch.cat([codes[: len(made)], made], 1)
-            codes = codes[:, -remembered(system.lm) :]
+            codes = torch.cat([codes[: len(made)], made], 1)[:, -kept:]
             yield made
 
     return decode_stream(system.codec, units(), 43)

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from aiohttp import WSMsgType, WSServerHandshakeError
 from aiohttp.test_utils import TestClient, TestServer
 
@@ -62,6 +64,39 @@ def test_words_turn_the_music(system):
         assert not live.here and not [t for t in asyncio.all_tasks() if "play" in repr(t)]
 
     with_server(system, use)
+
+
+def test_music_that_drifted_from_its_words_hears_its_opening_again(monkeypatch):
+    """Frames are numbers: what the language model hears shows where it comes from."""
+    from live import follow
+
+    calls = []
+
+    def generate(lm, encoder, prompts, frames, seeds, codes, before, **options):
+        calls.append((before, codes[0, 0].tolist()))
+        yield torch.arange(before, before + frames)[None, None]
+
+    def faithful(lm, text, recent, opening, past, began):
+        calls.append((past, recent[0, 0].tolist(), opening[0, 0].tolist(), began))
+        return 1000 + opening[..., : recent.shape[2]]
+
+    monkeypatch.setattr(follow, "generate", generate)
+    monkeypatch.setattr(follow, "faithful", faithful)
+    monkeypatch.setattr(follow, "decode_stream", lambda codec, units, step: units)
+    lm = SimpleNamespace(heads=[0], config=SimpleNamespace(trained_frames=1000, prefix=True))
+    encoder = lambda captions: (None, None, torch.tensor([120.0, 0.0]))  # a unit is a second
+    system = SimpleNamespace(lm=lm, encoder=encoder, codec=SimpleNamespace(codebooks=9), second="")
+    music = follow.follow(system, lambda: ("jazz", 0, {}))
+    made = torch.cat([next(music) for _ in range(24)], 1)[0]
+    assert made.tolist() == [*range(len(made))], "what is played goes on"
+    checks = [call for call in calls if len(call) == 4]
+    units = {before: heard for before, heard in (call for call in calls if len(call) == 2)}
+    assert [past + 300 for past, *_ in checks] == [947, 1550], "at most 960 frames are heard"
+    past, recent, opening, began = checks[0]
+    assert recent == [*range(647, 947)] and opening == [*range(947)] and began == 0
+    assert units[861] == [*range(861)], "all of it until then"
+    assert units[947] == [*range(1000, 1300)]
+    assert units[1034] == [*range(1000, 1300), *range(947, 1034)], "the opening, then what it made"
 
 
 def test_nonsense_is_refused_and_the_music_goes_on(system):

@@ -115,6 +115,7 @@ def test_systems_are_heard_under_their_labels(small, monkeypatch):
     monkeypatch.setattr(study, "train_all", lambda jobs: None)
     minutes = []
     monkeypatch.setattr(study.words, "measure", lambda *args: minutes.append(args) or ({}, {}))
+    monkeypatch.setattr(study.words, "draw", lambda curves, file: None)
     small.run()
     judged, longer, refined = asked
     assert longer[1] == 25.0 and {judged[1], refined[1]} == {10.0}
