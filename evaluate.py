@@ -202,7 +202,8 @@ def fingerprint(system):
     """Changes with the weights, the options and the code that play a system."""
     first, second = stages(system)
     files = [ROOT / f"{name}.py" for name in "model diffusion sample codec toy/codec".split()]
-    for stage in (Path(first), Path(second or newest_checkpoint(refiner=True))):
+    refiner = second or newest_checkpoint(True, read_config(first).get("codec"))
+    for stage in (Path(first), Path(refiner)):
         files += [stage, stage / "config.json", stage / "model.safetensors"]
     return hashlib.sha1(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()
 

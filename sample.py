@@ -353,15 +353,15 @@ def stored_sampling(folder) -> dict:
 
 def newest_checkpoint(refiner=False, codec=None):
     """best/ of the user's newest run (of a refiner, or of a language model), else what ships.
-    codec: only language models that write codebook 1 of this codec, for a refiner."""
+    codec: only models of this codec, and of language models those that write codebook 1 alone."""
     runs = []
     for file in Path("out").glob("*/best/config.json"):
         try:
             config = read_config(file.parent)
         except ValueError:  # of another program, or broken
             continue
-        of = config.get("codec"), config["model"].get("codebooks")
-        fits = codec is None or of == (codec, 1)
+        alone = refiner or config["model"].get("codebooks") == 1
+        fits = codec is None or (config.get("codec") == codec and alone)
         if is_refiner(config) == refiner and "train" in config and fits:
             runs.append(file.parent)
     shipped = SHIPPED_REFINER if refiner else SHIPPED
@@ -375,12 +375,11 @@ def find_refiner(lm, codec, folder=""):
         if folder:
             raise ValueError("the language model makes all codebooks itself: leave out --refiner")
         return None
-    if folder and (name := read_config(folder).get("codec")) != codec.name:
+    found = folder or newest_checkpoint(True, codec.name)
+    name = read_config(found).get("codec")
+    if folder and name != codec.name:
         raise ValueError(f"{folder} refines codes of {name}, the model's are of {codec.name}")
-    for candidate in (Path(folder),) if folder else (newest_checkpoint(True), SHIPPED_REFINER):
-        if read_config(candidate).get("codec") == codec.name:
-            return candidate
-    return None
+    return Path(found) if name == codec.name else None
 
 
 # ------------------------------------------------------------------------------------------------

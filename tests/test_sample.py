@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,15 @@ def test_a_refiner_is_heard_with_a_model_that_it_fits(tmp_path, monkeypatch):
     assert sample.newest_checkpoint(codec="toy") == Path("out/a/best")
     assert sample.newest_checkpoint(codec="dac") == Path("out/c/best")
     assert sample.newest_checkpoint(codec="other") == sample.SHIPPED
+    for i, (name, codec) in enumerate((("d", "dac"), ("e", "toy"))):
+        config = dict(model=dict(backbone="ssd", codebooks=9), codec=codec, train={})
+        (tmp_path / f"out/{name}/best").mkdir(parents=True)
+        (tmp_path / f"out/{name}/best/config.json").write_text(json.dumps(config))
+        os.utime(tmp_path / f"out/{name}/best", (i, i))
+    lm = SimpleNamespace(config=SimpleNamespace(codebooks=1))
+    for codec, refiner in dict(dac="d", toy="e").items():
+        found = sample.find_refiner(lm, SimpleNamespace(name=codec))
+        assert found == Path(f"out/{refiner}/best"), "the newest that fits, not the newest"
 
 
 def test_prompts_that_are_no_text_do_not_end_the_music(monkeypatch):
