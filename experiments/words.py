@@ -2,7 +2,7 @@
 
     python -m experiments.words                          the shipped model, 32 prompts, 60 s
     python -m experiments.words --seconds 600 --count 8  ten minutes
-    python -m experiments.words out/study/*-0/best       models of your own
+    python -m experiments.words out/simba/best out/mamba/best --name mine     your own
 
 Writes results/words.md, .csv and .png; of another length words-600.md and so on. Held-out prompts;
 all measures are of the same samples:
@@ -147,12 +147,13 @@ def main(argv=None):
     add("models", nargs="*", default=[os.path.relpath(sample.SHIPPED)], help="checkpoints [toy/lm]")
     add("--seconds", type=float, default=60.0, help="length of the music [60]")
     add("--count", type=int, default=32, help="held-out prompts [32]")
+    add("--name", help="of the table and the figure [words, or words-SECONDS if not 60]")
     args = parser.parse_args(argv)
     check_value("seconds", args.seconds, "[25, 1e9]")
     check_value("count", args.count, "[8, 64]")
     table, curves = measure({m: m for m in args.models}, args.seconds, args.count)
     about = f"{args.count} held-out prompts, {args.seconds:g} s each. Brackets: 95% intervals."
-    name = "words" if args.seconds == 60 else f"words-{args.seconds:g}"
+    name = args.name or ("words" if args.seconds == 60 else f"words-{args.seconds:g}")
     report(name, f"Words and {args.seconds:g} s of music", table, about)
     draw(curves, RESULTS / f"{name}.png")
 
