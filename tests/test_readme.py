@@ -17,9 +17,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def commands():
-    """Our commands in the code blocks that have no language or are shell: [(module, argv)]"""
+    """Our commands in the text, and in the code blocks that have no language or are shell:
+    [(module, argv)]"""
     found = []
     for page in PAGES:
+        for inline in re.findall(r"`(python [^`]+)`", page.read_text()):
+            found += command(shlex.split(inline))
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines() if language in SHELL else []:
                 if re.search(r"(^|&& )(python|torchrun) ", line.strip()):
@@ -43,7 +46,9 @@ def command(words):
         module = words[script][:-3]
     else:
         return []
-    return [(module, tuple(words[script + 1 :]))] if not module.startswith("docs.") else []
+    return (
+        [(module, tuple(words[script + 1 :]))] if not module.startswith(("docs.", "tests.")) else []
+    )
 
 
 class Understood(Exception):
@@ -62,7 +67,8 @@ def test_commands_parse(module, argv, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     # sample.py takes its defaults from the checkpoint, which must exist.
-    argv = [str(ROOT / "toy/lm") if word.endswith(".ckpt") else word for word in argv]
+    stand_in = lambda word: word.endswith(".ckpt") or word == "someone/model"
+    argv = [str(ROOT / "toy/lm") if stand_in(word) else word for word in argv]
     monkeypatch.setattr("sys.argv", [module, *argv])
     with pytest.raises(SystemExit if "--help" in argv else Understood):
         importlib.import_module(module).main()
