@@ -8,6 +8,7 @@ which executes each program of the grid in NumPy: slow, but the same arithmetic.
 """
 
 import os
+import shutil
 from typing import NamedTuple
 
 import pytest
@@ -242,7 +243,11 @@ def test_the_state_is_fp32_in_bf16(function):
 # Steps
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+compiler = GPU or shutil.which("g++") or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(not compiler, reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 def test_steps_of_a_mamba_layer_are_its_forward(compiled):
     torch.manual_seed(0)
     layer = Mamba2(LMConfig(d_model=40, d_state=24, headdim=20)).to(KERNEL.device)
