@@ -36,8 +36,8 @@ def follow(system, wish):
             count += 1
             end = round(count * unit)
             if lm.config.prefix and heard.shape[1] + end - begin > played(lm):
-                recent = heard[None, :, -kept:]
-                heard = faithful(lm, text, recent, opening[None], begin - kept, 0)[0]
+                on_device = [v[None].to(text[2].device) for v in (heard[:, -kept:], opening)]
+                heard = faithful(lm, text, *on_device, begin - kept, 0)[0].cpu()
             now = seed + (number << 32)
             blocks = generate(
                 lm, encoder, [prompt], end - begin, [now], codes=heard[None], before=begin,

@@ -44,11 +44,9 @@ def command(words):
             module += ".__main__"
     elif script:
         module = words[script][:-3]
-    else:
+    if script is None or module.startswith(("docs.", "tests.")):  # those take no options
         return []
-    return (
-        [(module, tuple(words[script + 1 :]))] if not module.startswith(("docs.", "tests.")) else []
-    )
+    return [(module, tuple(words[script + 1 :]))]
 
 
 class Understood(Exception):
