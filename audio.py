@@ -5,8 +5,6 @@ B batch · S samples · T frames, T = ceil(S / 512) · D bands · F = 1025 bins
 
 import os
 import tempfile
-import textwrap
-import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -83,46 +81,6 @@ def mel_spectrogram(audio):
     0 to 22050 Hz, Hann window of 2048, hop 512; 0 dB: a full-scale sine, -100: silence."""
     power = band_power(audio, filterbank(128, 700.0, 0.0, SAMPLE_RATE / 2).to(audio.device))
     return 10 * power.clamp(min=1e-10).log10().mT
-
-
-class Picture:
-    """A mel-spectrogram of a stream of audio: below 3,000 columns, whatever its length."""
-
-    def __init__(self, samples):
-        self.size = HOP * max(1, samples // HOP // 1500)  # samples a column
-        # One table from the start: many small tensors would fragment the memory.
-        self.mel = torch.zeros(128, 2 + samples // self.size)
-        self.columns = 0
-
-    def watch(self, chunks):
-        """Yields the chunks (samples,) as they are."""
-        rest = torch.zeros(0)
-        for chunk in chunks:
-            rest = torch.cat([rest, chunk])
-            count = len(rest) // self.size
-            if count * self.size >= N_FFT:
-                now, rest = rest.tensor_split([count * self.size])
-                mel = mel_spectrogram(now[None])[0]  # (128, frames)
-                columns = slice(self.columns, self.columns + count)
-                self.mel[:, columns] = mel.unflatten(1, (count, -1)).mean(2)
-                self.columns += count
-            yield chunk
-
-    def save(self, path, title, sample_rate):
-        from matplotlib.figure import Figure
-
-        mel = self.mel[:, : max(1, self.columns)].numpy()
-        size = (0, mel.shape[1] * self.size / sample_rate, 0, len(mel))  # of the axes
-        figure = Figure(figsize=(10, 3.5), layout="tight")
-        axis = figure.subplots()
-        look = dict(origin="lower", aspect="auto", cmap="magma", vmin=mel.max() - 80)
-        image = axis.imshow(mel, extent=size, **look)
-        axis.set(
-            title=textwrap.fill(title, 90).replace("$", r"\$"), xlabel="seconds", ylabel="mel band"
-        )
-        figure.colorbar(image, label="dB")
-        with warnings.catch_warnings(action="ignore"):  # letters that no font here has
-            figure.savefig(path, dpi=110)
 
 
 # ----------------------------------------------------------------------- audio of any length ----
@@ -211,11 +169,6 @@ def _decoded(path):
             yield to_rate.resample_chunk(np.concatenate([*mono, np.empty(0, "f4")]), last=True)
     except av.FFmpegError as error:
         raise ValueError(f"{path} is not readable audio: {error.strerror}") from None
-
-
-def pcm(audio) -> bytes:
-    """audio (S,) in [-1, 1] -> 16-bit samples, as players read them from a pipe."""
-    return (audio.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes()
 
 
 def write_audio(path, audio):

@@ -28,7 +28,15 @@ import torch
 from tqdm import tqdm
 
 import data
-from audio import FRAME_RATE, SAMPLE_RATE, audio_blocks, lock_folder, replacing, write_text
+from audio import (
+    FRAME_RATE,
+    SAMPLE_RATE,
+    audio_blocks,
+    lock_folder,
+    replacing,
+    write_stream,
+    write_text,
+)
 from codec import load_codec
 from options import add_arguments, check, check_value, flag, new_parser, option
 from paper.captions import Describer, Separator, mentions_vocals, plain_name, read_table
@@ -46,6 +54,7 @@ AUDIO = """.wav .flac .ogg .oga .opus .spx .mp3 .mp2 .mp1 .mpc .m4a .m4b .m4r .m
 .dff""".split()
 NO_CAPTION = "has no caption: add a .txt file of the same name, a --captions table or a --captioner"
 VOCAL = "has a caption that mentions vocals"
+SHARD_BYTES = 256 << 20  # of a codes file
 
 
 @dataclass(frozen=True)
@@ -334,6 +343,48 @@ def begin_worker():
 # ------------------------------------------------------------------- from tracks to a folder ----
 
 
+class Writer:
+    """Appends clips to a data folder. A clip is in the manifest once its codes are on disk; the
+    next Writer overwrites what a process left unfinished when it died."""
+
+    def __init__(self, folder, codec):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        meta = dict(codec=codec.name, codebooks=codec.codebooks, codebook_size=codec.codebook_size)
+        meta["frame_rate"] = codec.sample_rate / codec.hop
+        path = self.folder / "meta.json"
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != meta:
+            raise ValueError(f"{folder} was begun with another codec; choose another --out")
+        write_text(path, json.dumps(meta))
+        self.manifest = self.folder / "manifest.jsonl"
+        self.manifest.touch()
+        with open(self.manifest, "r+b") as file:  # an unfinished line is cut off
+            file.truncate(file.read().rfind(b"\n") + 1)
+        self.shard, self.offset = 0, 0  # offset in codes, of two bytes
+        for row in self.rows()[-1:]:
+            self.shard, self.offset = row["shard"], row["offset"] + row["codebooks"] * row["frames"]
+
+    def rows(self):
+        return data.read_jsonl(self.manifest)
+
+    def add(self, clips):
+        """clips: [(codes (K, T), row)]; all of them enter the manifest, or none."""
+        lines = ""
+        for codes, row in clips:
+            if 2 * self.offset > SHARD_BYTES:
+                self.shard, self.offset = self.shard + 1, 0
+            path = self.folder / f"codes-{self.shard:05}.bin"
+            with open(path, "r+b" if path.exists() else "wb") as file:
+                file.seek(2 * self.offset)
+                file.write(np.asarray(codes, np.uint16).tobytes())
+            K, T = codes.shape
+            place = dict(shard=self.shard, offset=self.offset, codebooks=K, frames=T)
+            lines += json.dumps(place | row) + "\n"
+            self.offset += codes.size
+        with open(self.manifest, "a", encoding="utf-8") as file:
+            file.write(lines)
+
+
 def build(tracks, out, plan, options):
     """Makes the data folder `out`, or what is missing of it. plan: the options that made it."""
     skipped = [dict(path=t["path"], reason=t["skip"]) for t in tracks if "skip" in t]
@@ -415,7 +466,7 @@ def join(out, usable, skipped, codec, valid):
     share_out(rows, valid)
     new = out / "new"
     shutil.rmtree(new, ignore_errors=True)
-    writer = data.Writer(new, codec)
+    writer = Writer(new, codec)
     for row in rows:
         file, i = row.pop("codes")
         if row["split"] == "gap":
@@ -491,7 +542,7 @@ def summarise(folder):
 
 def show(folder, n, out, seed):
     """Writes n random clips, as their tokens sound, and their pictures; prints the manifest."""
-    from audio import Picture, write_stream
+    from paper.figures import Picture
 
     clips = data.Clips(folder, None, None)
     codec = load_codec(clips.meta["codec"])

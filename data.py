@@ -27,11 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from audio import FRAME_RATE, write_text
+from audio import FRAME_RATE
 from options import entry
 from text import TYPICAL_LENGTH
-
-SHARD_BYTES = 256 << 20
 
 # ------------------------------------------------------------------------------- the folder ----
 
@@ -124,48 +122,6 @@ class Clips:
 @functools.lru_cache(2)
 def _permutation(n, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-class Writer:
-    """Appends clips to a data folder. A clip is in the manifest once its codes are on disk; the
-    next Writer overwrites what a process left unfinished when it died."""
-
-    def __init__(self, folder, codec):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        meta = dict(codec=codec.name, codebooks=codec.codebooks, codebook_size=codec.codebook_size)
-        meta["frame_rate"] = codec.sample_rate / codec.hop
-        path = self.folder / "meta.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != meta:
-            raise ValueError(f"{folder} was begun with another codec; choose another --out")
-        write_text(path, json.dumps(meta))
-        self.manifest = self.folder / "manifest.jsonl"
-        self.manifest.touch()
-        with open(self.manifest, "r+b") as file:  # an unfinished line is cut off
-            file.truncate(file.read().rfind(b"\n") + 1)
-        self.shard, self.offset = 0, 0  # offset in codes, of two bytes
-        for row in self.rows()[-1:]:
-            self.shard, self.offset = row["shard"], row["offset"] + row["codebooks"] * row["frames"]
-
-    def rows(self):
-        return read_jsonl(self.manifest)
-
-    def add(self, clips):
-        """clips: [(codes (K, T), row)]; all of them enter the manifest, or none."""
-        lines = ""
-        for codes, row in clips:
-            if 2 * self.offset > SHARD_BYTES:
-                self.shard, self.offset = self.shard + 1, 0
-            path = self.folder / f"codes-{self.shard:05}.bin"
-            with open(path, "r+b" if path.exists() else "wb") as file:
-                file.seek(2 * self.offset)
-                file.write(np.asarray(codes, np.uint16).tobytes())
-            K, T = codes.shape
-            place = dict(shard=self.shard, offset=self.offset, codebooks=K, frames=T)
-            lines += json.dumps(place | row) + "\n"
-            self.offset += codes.size
-        with open(self.manifest, "a", encoding="utf-8") as file:
-            file.write(lines)
 
 
 # ------------------------------------------------------------------ what a training step reads ----

@@ -406,7 +406,7 @@ def main(argv=None):
         task = Task(seconds=seconds, codec=codec, **ask(seconds))
         table = measure(args.systems, ruler, task)
         if args.paper:
-            from paper.figures import add_published
+            from paper.musiccaps import add_published
 
             add_published(table, args.paper, seconds)
         name = (args.name or task.name) + (f"-{seconds:g}s" if len(args.seconds) > 1 else "")

@@ -19,9 +19,7 @@ import itertools
 import os
 import re
 import shutil
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ssd_kernel
-from audio import FORMATS, FRAME_RATE, Picture, ensure_writable, pcm, read_audio, write_stream
+from audio import FORMATS, FRAME_RATE, ensure_writable, read_audio, write_stream
 from checkpoint import load_checkpoint, load_text_encoder, read_config
 from codec import decode_stream, load_codec
 from diffusion import is_refiner, load_refiner, refine
@@ -45,11 +43,6 @@ ROOT = Path(__file__).parent
 SHIPPED = ROOT / "toy" / "lm"
 SHIPPED_REFINER = ROOT / "toy" / "refiner"
 SHOWCASE = ["jazz reggae", "a slow calm piano waltz"]
-PLAYERS = (
-    ["aplay", "-q", "-f", "S16_LE", "-c", "1", "-r"],
-    ["play", "-q", "-t", "raw", "-e", "signed", "-b", "16", "-c", "1", "-", "-r"],
-)
-
 # ------------------------------------------------------------------------------------------------
 # 1  Sampling
 
@@ -112,10 +105,10 @@ def generate(
     music to continue, which is not yielded again; before: its length in frames, if `codes` is only
     the end of it. ValueError if the model's output is not finite.
 
-    A model whose text is a prefix forgets it beyond the length of its training clips. So just
-    before it reaches that length, it reads the text again, and `kept` frames of the music [as many
-    as are `remembered`; 0: it never does], the last ones or those of the opening (`faithful`).
-    Memory does not grow with `frames`, except for a model with self-attention.
+    Beyond the length of its training clips a model leaves its text. So just before it reaches that
+    length, it reads the text again, and `kept` frames of the music [as many as are `remembered`;
+    0: it never does], the last ones or those of the opening (`faithful`). So memory does not grow
+    with `frames` either.
     """
     K = len(lm.heads)
     device = lm.heads[0].weight.device
@@ -127,8 +120,7 @@ def generate(
     halves = 1 if guidance == 1 else 2  # with the prompt, and without
     captions = [*prompts, *[negative] * len(prompts)][: halves * len(prompts)]
     trained = lm.config.trained_frames
-    if kept is None:
-        kept = remembered(lm) if lm.config.prefix else 0
+    kept = remembered(lm) if kept is None else kept
     end = played(lm)
     steps = frames + K - 1
     # The next K - 1 columns are known in part: fine codes of the music so far, one frame behind
@@ -387,6 +379,9 @@ def find_refiner(lm, codec, folder=""):
 
 
 def main(argv=None):
+    from live.follow import follow, play, read_wishes  # it imports this file
+    from paper.figures import Picture
+
     args = parse_arguments(argv)
     prompts = read_prompts(args)
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
@@ -412,10 +407,7 @@ def main(argv=None):
     started = time.time()
     codec = system.codec
     if args.follow:
-        from live.follow import follow
-
-        latest = [prompts[0]]
-        threading.Thread(target=read_wishes, args=(latest,), daemon=True).start()
+        latest = read_wishes(prompts[0])
         audio = follow(system, lambda: (latest[0], args.seed, args.sampling))
         return play(audio, codec.sample_rate, args.stream)
     frames = max(1, round(args.seconds * codec.sample_rate / codec.hop))
@@ -458,13 +450,6 @@ def introduce(system, args, say):
             f"warning: no refiner for the codec {system.codec.name}: you will hear codebook 1 of "
             f"{system.codec.codebooks} alone; train one with `python train.py --variant refiner`"
         )
-
-
-def read_wishes(latest):
-    """Puts each line of standard input into `latest`, a list of one prompt."""
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    for line in sys.stdin:
-        latest[0] = line.strip() or latest[0]
 
 
 def add_models(parser):
@@ -542,27 +527,6 @@ def output_paths(args, jobs):
     if source and any(path.exists() and path.samefile(source) for path in paths):
         raise ValueError(f"{source} would be replaced by its continuation: choose another --out")
     return paths
-
-
-def play(chunks, sample_rate, to_stdout):
-    player, sink = None, sys.stdout.buffer
-    if not to_stdout:
-        command = next((c for c in PLAYERS if shutil.which(c[0])), None)
-        if command is None:
-            raise ValueError("--play needs `aplay` or sox's `play`: apt-get install alsa-utils")
-        player = subprocess.Popen([*command, str(sample_rate)], stdin=subprocess.PIPE)
-        sink = player.stdin
-    try:
-        for chunk in chunks:
-            sink.write(pcm(chunk))
-            sink.flush()
-        if player:
-            player.stdin.close()
-    except BrokenPipeError:
-        if not player:
-            raise  # the listener closed the stream: `entry` ends
-    if player and player.wait():
-        raise ValueError(f"{player.args[0]} could not play it")
 
 
 if __name__ == "__main__":

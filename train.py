@@ -20,7 +20,7 @@ import sys
 import time
 import tomllib
 from argparse import Namespace
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -41,7 +41,7 @@ from data import Clips, caption_of, data_folder, shape_at, share
 from diffusion import Refiner, RefinerConfig, is_refiner, load_refiner, refiner_loss, teacher
 from model import VARIANTS, LMConfig, MusicLM
 from options import add_arguments, check, entry, finish_step_on_signals, flag, new_parser, option
-from paper import budget
+from paper import budget, figures
 from paper.distributed import Processes
 from sample import ahead, multiplies_bf16
 from text import TextEncoder
@@ -162,7 +162,7 @@ def train(model_config, config, run, processes):
             if step % config.valid_every == 0 or step == config.steps:
                 trainer.validate(log)
     if first:
-        conclude(log, objective, run)
+        figures.conclude(log, objective, run)
 
 
 def add_gradients(wrapped, parts, clips, processes):
@@ -382,49 +382,13 @@ class Trainer:
             if self.processes.rank == 0:
                 parts = folder, self.kept, self.objective.encoder, about | more
                 checkpoint.save_checkpoint(*parts, weights=weights)
-                write_text(folder / "README.md", card(self))
+                write_text(folder / "README.md", figures.card(self, PRESETS))
             if name == "last":
                 about["data"] = self.data.fingerprint
                 checkpoint.save_trainer(folder, *self.state, about, self.processes)
         except OSError as error:
             again = f"python train.py --resume {self.run}"
             raise ValueError(f"{error}: make room, then continue with `{again}`") from None
-
-
-def card(trainer):
-    """A checkpoint's README.md, for the hub: what it is, from what it was made, and how."""
-    model, data = trainer.kept.config, trainer.data
-    kind, option = ("refiner", "refiner") if data.refining else (model.variant, "checkpoint")
-    hours = sum(row["frames"] for row in data.train.rows) / FRAME_RATE / 3600
-    licences = Counter(row.get("licence", "composed by toy/") for row in data.train.rows)
-    preset = PRESETS["refiner" if data.refining else "lm"]["paper"]
-    default = {f.name: f.default for k in (type(model), TrainConfig) for f in fields(k)} | preset
-    command = f"python train.py --preset paper --variant {model.variant}"
-    for name, value in (asdict(model) | asdict(trainer.config)).items():
-        if value == default[name] or name in ("variant", "data", "out", "init_from"):
-            continue
-        if isinstance(value, bool):
-            command += f" {flag(name if value else 'no_' + name)}"
-        else:
-            command += f" {flag(name)} {value}"
-    return f"""---
-tags: [music, text-to-audio, state-space-model]
----
-# A {kind} for text-to-music
-
-{sum(p.numel() for p in trainer.kept.parameters()):,} parameters; codes of {data.codec_name}.
-Played by `python sample.py "jazz reggae" --{option} FOLDER`.
-
-- Data: {data.folder.name}, {len(data.train):,} clips, {hours:.1f} hours
-- Licences of the clips: {", ".join(f"{name} ({n:,})" for name, n in licences.most_common())}
-- Validation loss: {trainer.best:.3f} {unit(data.refining)}, at step {trainer.step:,}
-
-`{command}`
-"""
-
-
-def unit(refining):
-    return "(squared error of v)" if refining else "nats per token"
 
 
 def make_optimizer(objective, config):
@@ -560,23 +524,6 @@ def introduce(objective, config, data, device):
     print(f"{len(data.train):,} clips to train on, {len(data.valid):,} to validate; on {device}")
 
 
-def conclude(log, objective, run):
-    """The last lines of a run, and its picture."""
-    from paper import figures
-
-    if cut := objective.encoder.cut:
-        print(f"{cut:,} captions were cut to {objective.encoder.max_tokens} tokens")
-    rows = [row for row in log.rows if "right" in row]
-    best = min(rows, key=lambda row: row["right"])
-    loss = f"{best['right']:.3f} {unit(objective.codec)}"
-    print(f"{run}: best validation loss {loss}, at step {best['step']}")
-    below = best["right"] - log.recent_loss()
-    if rows[-1]["right"] > 1.01 * best["right"] and below > 0:
-        print(f"It overfits since then: the training loss is {below:.3f} lower; {run}/best plays.")
-    figures.loss_curve(log.rows, run / "loss.png")
-    print(f"The curve is in {run}/loss.png")
-
-
 # -------------------------------------------------------------------------- the command line ----
 
 
@@ -584,13 +531,12 @@ def parse_arguments(argv):
     """-> the model's config, the TrainConfig, the run's folder, and whether this is a dry run"""
     # The variant and the preset decide which other options there are, and their defaults.
     first = new_parser(add_help=False)
-    first.add_argument(
-        "--preset", default="toy", choices=PRESETS["lm"], help="sizes and schedule [toy]"
-    )
-    first.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    first.add_argument("--init-from", default="")
-    first.add_argument("--dry-run", action="store_true", help="print what it would cost, and end")
-    first.add_argument("--variant", default="simba", choices=[*VARIANTS, "refiner"])
+    add = first.add_argument
+    add("--preset", default="toy", choices=PRESETS["lm"], help="sizes and schedule [toy]")
+    add("--resume", metavar="RUN", help="continue the run in this folder")
+    add("--init-from", default="")
+    add("--dry-run", action="store_true", help="print what it would cost, and end")
+    add("--variant", default="simba", choices=[*VARIANTS, "refiner"])
     known = first.parse_known_args(argv)[0]
     refining = known.variant == "refiner"
     kind, presets = LMConfig, PRESETS["lm"]

@@ -41,10 +41,7 @@ def measure(models, seconds, count):
         asked = questions.ask(system.codec, count, ["sentence"])
         task = Task(seconds=10.0, codec=system.codec, **asked)
         prompts = task.prompts["sentence"]
-        ways = {name: None}
-        if system.lm.config.prefix:
-            ways[f"{name}, never read again"] = 0
-        for way, kept in ways.items():
+        for way, kept in {name: None, f"{name}, never read again": 0}.items():
             codes, distance = play(system, prompts, round(seconds * FRAME_RATE), kept)
             curves[way] = distance.mean(0).numpy()
             for where, start in (("first", 0), ("last", codes.shape[2] - TEN)):
@@ -54,7 +51,7 @@ def measure(models, seconds, count):
                 cells["told"] = mean(told(system, codes[:, :, ten], prompts))
                 table[f"{way}: {where} 10 s"] = cells | judged(judge, task, heard, prompts)
             table[f"{way}: last 10 s"]["repeated"] = mean([*map(repeated, codes[:8, 0].numpy())])
-            if ways[way] is None and len(ways) > 1:
+            if kept is None:
                 places = readings(system.lm, codes.shape[2])
                 for where, at in (("readings", places), ("elsewhere", places - places[0] // 3)):
                     table[f"{way}: {where}"] = {"rise": rise(system.codec, codes, at)}

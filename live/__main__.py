@@ -17,8 +17,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import WSMsgType, web
 
-from audio import pcm
-from live.follow import follow
+from live.follow import follow, pcm
 from options import check_value, entry, new_parser
 from sample import Sampling, System, add_models, newest_checkpoint
 

@@ -1,12 +1,16 @@
-"""The paper's test: MusicCaps prompts without vocals, and MusicGen-small to compare with."""
+"""The paper's test: MusicCaps prompts without vocals, MusicGen-small and its own figures."""
+
+from pathlib import Path
 
 import numpy as np
 import soxr
 import torch
 from tqdm import tqdm
 
+import evaluate
 from audio import SAMPLE_RATE, read_audio
-from paper.captions import DEVICE, explained
+from checkpoint import load_checkpoint
+from paper.captions import DEVICE, HERE, explained, read_rows
 from paper.sources import read_musiccaps
 
 
@@ -52,3 +56,21 @@ def musicgen(name, prompts, seconds, seeds):
         torch.manual_seed(seed)
         audio = player(prompt, generate_kwargs=options)["audio"]
         yield soxr.resample(audio.reshape(-1), 32000, SAMPLE_RATE), []
+
+
+def add_published(table, number, seconds):
+    """Adds columns to a table of evaluate.py: the parameters of each checkpoint, and the figures of
+    the paper's Table `number` for the same variant, codebooks and blocks.
+
+    They are in tables.csv, as VARIANT-CODEBOOKS-BLOCKS; 2b is Table II at 25 s.
+    """
+    number = "2b" if number == 2 and seconds > 10 else str(number)
+    theirs = {r["system"]: r for r in read_rows(HERE / "tables.csv") if r["table"] == number}
+    for row, cells in table.items():
+        key = evaluate.stages(row.split(", ")[0])[0]
+        if Path(key).exists() and evaluate.type_of(key) == "checkpoint":
+            lm = load_checkpoint(key)
+            cells["parameters, M"] = evaluate.Cell(sum(p.numel() for p in lm.parameters()) / 1e6)
+            key = f"{lm.config.variant}-{lm.config.codebooks}-{lm.config.blocks}"
+        for column in ("FD_openl3", "KL", "CLAP") if key in theirs else ():
+            cells[f"{column}, paper"] = evaluate.Cell(float(theirs[key][column]))

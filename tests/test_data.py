@@ -18,8 +18,8 @@ import soundfile
 import curate
 import data
 from audio import audio_blocks, lock_folder, read_audio
-from curate import Options
-from data import Clips, Writer
+from curate import Options, Writer
+from data import Clips
 from paper import captions, sources
 
 CODEC = SimpleNamespace(name="toy", codebooks=9, codebook_size=1024, sample_rate=44100, hop=512)
@@ -38,7 +38,7 @@ def describe(row, rng):
 
 
 def test_clips_come_back_as_written_over_several_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(curate, "SHARD_BYTES", 2000)
     written = list(some_clips(20))
     for part in (written[:7], written[7:]):  # the second writer goes on where the first ended
         Writer(tmp_path, CODEC).add(part)

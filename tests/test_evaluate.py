@@ -26,7 +26,7 @@ from evaluate import (
 )
 from model import LMConfig, MusicLM
 from options import entry
-from paper import embedders, figures, musiccaps
+from paper import embedders, musiccaps
 from sample import generate
 from toy import corpus, judge, questions, songbook, words
 
@@ -486,7 +486,7 @@ def test_the_papers_figures_are_found_by_variant_codebooks_and_blocks(tmp_path):
 
     def theirs(number, seconds=10.0):
         table = {f"{name}, sentence": {} for name in names} | {"codec-1": {}}
-        figures.add_published(table, number, seconds)
+        musiccaps.add_published(table, number, seconds)
         cells = [table[name if name == "codec-1" else f"{name}, sentence"] for name in names]
         return [c["FD_openl3, paper"].value if "KL, paper" in c else None for c in cells]
 

@@ -1,6 +1,7 @@
 """The live page, in a real browser where there is one, and the server's manners without it."""
 
 import asyncio
+import itertools
 import json
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from aiohttp import WSMsgType, WSServerHandshakeError
 from aiohttp.test_utils import TestClient, TestServer
 
 import sample
+from live import follow
 from live.__main__ import Live, understood
+from sample import generate
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,37 +69,43 @@ def test_words_turn_the_music(system):
     with_server(system, use)
 
 
-def test_music_that_drifted_from_its_words_hears_its_opening_again(monkeypatch):
-    """Frames are numbers: what the language model hears shows where it comes from."""
-    from live import follow
-
-    calls = []
-
-    def generate(lm, encoder, prompts, frames, seeds, codes, before, **options):
-        calls.append((before, codes[0, 0].tolist()))
-        yield torch.arange(before, before + frames)[None, None]
-
-    def faithful(lm, text, recent, opening, past, began):
-        calls.append((past, recent[0, 0].tolist(), opening[0, 0].tolist(), began))
-        return 1000 + opening[..., : recent.shape[2]]
-
-    monkeypatch.setattr(follow, "generate", generate)
-    monkeypatch.setattr(follow, "faithful", faithful)
+def units(system, wish, monkeypatch):
+    """What `follow` makes, as codes and without a refiner."""
     monkeypatch.setattr(follow, "decode_stream", lambda codec, units, step: units)
-    lm = SimpleNamespace(heads=[0], config=SimpleNamespace(trained_frames=1000, prefix=True))
-    encoder = lambda captions: (None, None, torch.tensor([120.0, 0.0]))  # a unit is a second
-    system = SimpleNamespace(lm=lm, encoder=encoder, codec=SimpleNamespace(codebooks=9), second="")
-    music = follow.follow(system, lambda: ("jazz", 0, {}))
-    made = torch.cat([next(music) for _ in range(24)], 1)[0]
-    assert made.tolist() == [*range(len(made))], "what is played goes on"
-    checks = [call for call in calls if len(call) == 4]
-    units = {before: heard for before, heard in (call for call in calls if len(call) == 2)}
-    assert [past + 300 for past, *_ in checks] == [947, 1550], "at most 960 frames are heard"
-    past, recent, opening, began = checks[0]
-    assert recent == [*range(647, 947)] and opening == [*range(947)] and began == 0
-    assert units[861] == [*range(861)], "all of it until then"
-    assert units[947] == [*range(1000, 1300)]
-    assert units[1034] == [*range(1000, 1300), *range(947, 1034)], "the opening, then what it made"
+    parts = dict(lm=system.lm, encoder=system.encoder, codec=system.codec)
+    return follow.follow(SimpleNamespace(**parts, second=None), wish)
+
+
+def test_the_page_plays_what_generate_plays(system, monkeypatch):
+    """Also beyond the trained length, where `generate` reads the words again."""
+    music = units(system, lambda: ("calm jazz", 3, system.sampling), monkeypatch)
+    made = torch.cat([next(music) for _ in range(14)], 1)
+    assert made.shape[1] > system.lm.config.trained_frames + 200
+    parts = system.lm, system.encoder, ["calm jazz"], made.shape[1], [3]
+    assert torch.equal(made, torch.cat([*generate(*parts, block=1, **system.sampling)], 2)[0])
+
+
+def test_what_is_heard_when_a_wish_changes(system, monkeypatch):
+    """Frames are numbers: what the language model hears shows where it comes from."""
+    heard, numbers = [], itertools.count()
+
+    def numbered(lm, encoder, prompts, frames, seeds, codes, before, **options):
+        heard.append((prompts, codes[0, 0].tolist(), before))
+        while True:
+            yield torch.full((1, 1, 1), next(numbers))
+
+    monkeypatch.setattr(follow, "generate", numbered)
+    wishes = [("120 bpm", 0, {})] * 4 + [("120 bpm", 0, {"guidance": 2.0}), ("90 bpm", 0, {})]
+    wishes += [("90 bpm", 1, {})]
+    music = units(system, iter(wishes).__next__, monkeypatch)
+    lengths = [next(music).shape[1] for _ in wishes]
+    assert lengths == [86, 86, 86, 87, 86, 57, 57], "half a bar, and whole bars on time"
+    assert heard == [
+        (["120 bpm"], [], 0),
+        (["120 bpm"], [*range(345 - 259, 345)], 345),  # new options: the last three seconds
+        (["90 bpm"], [*range(431 - 13, 431)], 0),  # new words: the turn alone
+        (["90 bpm"], [], 0),  # a new seed: nothing
+    ]
 
 
 def test_nonsense_is_refused_and_the_music_goes_on(system):

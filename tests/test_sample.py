@@ -1,10 +1,10 @@
 """Playing the shipped model: any length, any format, the same audio for the same seed."""
 
-import io
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +15,11 @@ import torch
 from matplotlib.axes import Axes
 
 import sample
-from audio import FRAME_RATE, Picture
+from audio import FRAME_RATE
 from checkpoint import load_text_encoder
+from live import follow
 from options import entry
+from paper.figures import Picture
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,17 +106,19 @@ def test_a_refiner_is_heard_with_a_model_that_it_fits(tmp_path, monkeypatch):
 
 
 def test_prompts_that_are_no_text_do_not_end_the_music(monkeypatch):
-    lines = io.TextIOWrapper(io.BytesIO(b"\xff\xfe house\n\ntechno\n"), "ascii")
-    monkeypatch.setattr("sys.stdin", lines)
-    heard = []
-
-    class Latest(list):
-        def __setitem__(self, i, value):
-            heard.append(value)
-
-    sample.read_wishes(Latest(["jazz"]))
-    assert heard == ["\ufffd\ufffd house", "jazz", "techno"]
-    assert load_text_encoder(sample.SHIPPED)(heard)[0].isfinite().all()
+    read, write = os.pipe()
+    monkeypatch.setattr("sys.stdin", open(read, encoding="ascii"))
+    latest = follow.read_wishes("jazz")
+    for line, expected in ((b"\xff\xfe house\n\n", "\ufffd\ufffd house"), (b"techno\n", "techno")):
+        assert latest[0] != expected
+        os.write(write, line)
+        for _ in range(500):
+            if latest[0] == expected:
+                break
+            time.sleep(0.01)
+        assert latest[0] == expected
+        assert load_text_encoder(sample.SHIPPED)(latest)[0].isfinite().all()
+    os.close(write)
 
 
 @pytest.mark.parametrize("codebooks", [1, 9])
@@ -247,7 +251,7 @@ def test_a_player_that_fails_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for seconds in (0.01, 60):  # it ends after, or before, all is written
         with pytest.raises(ValueError, match="aplay could not play it"):
-            sample.play([torch.zeros(int(44100 * seconds))], 44100, False)
+            follow.play([torch.zeros(int(44100 * seconds))], 44100, False)
 
 
 def test_the_picture_shows_seconds(tmp_path, monkeypatch):
@@ -291,7 +295,7 @@ def test_memory_does_not_grow_with_length(tmp_path):
 
 
 @pytest.mark.parametrize("codebooks", [1, 3])
-@pytest.mark.parametrize("variant", ["simba", "cross-simba"])
+@pytest.mark.parametrize("variant", ["simba", "cross-simba", "transformer"])
 @torch.no_grad()
 def test_long_music_reads_its_text_again(variant, codebooks, monkeypatch):
     """Against the obvious way: before every column, a whole forward pass over all that counts."""
@@ -320,7 +324,7 @@ def test_long_music_reads_its_text_again(variant, codebooks, monkeypatch):
     uniform = [torch.Generator().manual_seed(seed) for seed in seeds]
     length = given  # frames since the last reading
     for s in range(frames + codebooks - 1):
-        if variant == "simba" and length == 48:  # not the last frames of a clip
+        if length == 48:  # not the last frames of a clip
             length = 15
         past = given + s - length
         recent = sample.undelay(columns[:, :, columns.shape[2] - length :])
@@ -335,8 +339,7 @@ def test_long_music_reads_its_text_again(variant, codebooks, monkeypatch):
         columns = torch.cat([columns, column[..., None]], 2)
         length += 1
     assert (sample.undelay(columns)[:, :, given + 1 :][..., :frames] == found).all()
-    read = [(33, 0, 48), (66, 0, 48)] if variant == "simba" else []
-    assert asked == read
+    assert asked == [(33, 0, 48), (66, 0, 48)]
 
 
 @torch.no_grad()

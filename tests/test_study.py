@@ -15,7 +15,7 @@ import sample
 import train
 from checkpoint import read_config
 from codec import load_codec
-from data import Writer
+from curate import Writer
 from experiments import study
 
 OPTIONS = """--blocks 1 --d-model 32 --d-state 8 --headdim 16 --attention-heads 4 --seconds 0.4

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from checkpoint import load_weights
 from codec import load_codec
-from data import Writer
 from text import TextEncoder
 from toy.songbook import MIXTURES, sample_clip
 
@@ -80,6 +79,8 @@ def play_and_encode(indices, mixtures) -> np.ndarray:
 def write_corpus(out, clips, full, mixtures):
     """Writes clips 0 ... `clips` - 1 to the data folder `out`: nine codebooks of the first `full`
     clips, one of the others. An interrupted corpus is continued."""
+    from curate import Writer
+
     if (Path(out) / "plan.json").exists():
         raise ValueError(f"{out} holds other music, made by data.py: choose another --out")
     writer = Writer(out, load_codec("toy"))
