@@ -101,9 +101,9 @@ def read_model_config(folder, kind):
     """A checkpoint's LMConfig or RefinerConfig. ValueError, one sentence, if it is of another."""
     try:
         return kind(**read_config(folder)["model"])
-    except (KeyError, TypeError) as error:  # another name, or a value of another type
+    except (KeyError, TypeError):  # another name, or a value of another type
         what = "language model" if kind is LMConfig else "refiner"
-        raise ValueError(f"{folder} holds no {what} of this program ({error})") from None
+        raise ValueError(f"{folder} holds no {what} of this program") from None
 
 
 def load_text_encoder(folder) -> TextEncoder:

@@ -78,7 +78,7 @@ def turn_back(x, v, a, b):
 
 
 def denoise(predict, x, schedule, steps, generator=None, known=None, limit=math.inf):
-    """From noise x (B, C, L) to x_0 in `steps` steps: DDPM if they are all T of them, else DDIM.
+    """From noise x (B, C, L) to x_0: DDPM if `steps` is T, else DDIM, in short steps at high noise.
 
     predict(x_t, t) -> v, with t an int; generator: of the noise on the way; known (B, C, k): the
     true x_0 of the first k frames, which are held to it, so that the rest goes on from them; limit
@@ -88,7 +88,8 @@ def denoise(predict, x, schedule, steps, generator=None, known=None, limit=math.
     if not 1 <= steps <= T:
         raise ValueError(f"a number of steps from 1 to {T}, not {steps}")
     draw = lambda like: torch.randn(like.shape, generator=generator).to(like)
-    stops = torch.linspace(T, 0, steps + 1).round().long().tolist()
+    power = 1 if steps == T else 1.5  # what the music will be is decided at high noise
+    stops = sorted({round(T - T * (i / steps) ** power) for i in range(steps + 1)}, reverse=True)
     a, b = schedule.sqrt().tolist(), (1 - schedule).sqrt().tolist()
     known = x[..., :0] if known is None else known
     fixed = draw(known)

@@ -291,10 +291,10 @@ class System:
 
     def __init__(self, folder, refiner=""):
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.sampling = stored_sampling(folder)
         self.lm = prepare(load_checkpoint(folder), device)
         self.encoder = load_text_encoder(folder).to(device)
         self.codec = load_codec(read_config(folder).get("codec"))
-        self.sampling = stored_sampling(folder)
         self.second = None if refiner is None else find_refiner(self.lm, self.codec, refiner)
         if self.second:
             self.refiner = load_refiner(self.second).to(device)
@@ -396,8 +396,7 @@ def main(argv=None):
     introduce(system, args, say)
     for text in [*prompts, args.negative]:
         if system.encoder.is_too_long(text):
-            kept = system.encoder.max_tokens
-            say(f"warning: only the first {kept} tokens of this prompt are read: {text[:60]}...")
+            say(f"warning: a prompt is cut to {system.encoder.max_tokens} tokens: {text[:60]}...")
     if args.steps is not None:
         if not system.second:
             raise ValueError("--steps is for a refiner, and none plays: leave it out")

@@ -214,9 +214,9 @@ class Data:
 
 def batches(data, config, first_step, processes):
     """Yields each step with the micro-batches of this process: codes (B, K, L) and B captions."""
-    window = longest(config)  # a crop starts where the whole clip would
-    options = dict(seed=config.seed, describe=data.describe, window=window)
+    options = dict(seed=config.seed, describe=data.describe)
     options["caption_dropout"] = config.caption_dropout
+    options["window"] = longest(config)  # a crop starts where the whole clip would
     for step in range(first_step, config.steps):
         parts = share(step, config, processes.rank, processes.ranks)
         yield step, [data.train.batch(*part, **options) for part in parts]
