@@ -61,11 +61,14 @@ def test_a_tensorflow_checkpoint_is_read(tmp_path):
 def test_it_hears_what_the_clips_are():
     ears = Musicnn()
     assert {sum(map(torch.numel, t.weights.values())) for t in ears.taggers.values()} == {792079}
-    facts = {file.stem: ears.facts(read_audio(file)[0]) for file in CLIPS.glob("*.mp4")}
+    clips = {file.stem: read_audio(file)[0] for file in CLIPS.glob("*.mp4")}
+    facts = {name: ears.facts(audio) for name, audio in clips.items()}
     assert facts["techno"]["genre"] == "techno electronic" and facts["techno"]["pace"] == "fast"
     assert "flute" in facts["bossa-nova"]["instrument"]
     assert "jazz" in facts["jazz-reggae"]["genre"]
-    assert facts["piano-waltz"]["pace"] == "slow" and "piano" in facts["piano-waltz"]["instrument"]
+    assert facts["piano-waltz"]["pace"] == "slow"
+    pianos = {name: ears.listen(audio.numpy())[1]["piano"] for name, audio in clips.items()}
+    assert max(pianos, key=pianos.get) == "piano-waltz"
     embeddings, scores = ears.listen(np.zeros(44100, np.float32))  # less than a patch
     assert embeddings.shape == (1, 200) and len(scores) == len({*sum(musicnn.TAGS.values(), [])})
 
