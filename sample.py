@@ -43,6 +43,7 @@ ROOT = Path(__file__).parent
 SHIPPED = ROOT / "toy" / "lm"
 SHIPPED_REFINER = ROOT / "toy" / "refiner"
 SHOWCASE = ["jazz reggae", "a slow calm piano waltz"]
+
 # ------------------------------------------------------------------------------------------------
 # 1  Sampling
 
@@ -105,10 +106,9 @@ def generate(
     music to continue, which is not yielded again; before: its length in frames, if `codes` is only
     the end of it. ValueError if the model's output is not finite.
 
-    Beyond the length of its training clips a model leaves its text. So just before it reaches that
-    length, it reads the text again, and `kept` frames of the music [as many as are `remembered`;
-    0: it never does], the last ones or those of the opening (`faithful`). So memory does not grow
-    with `frames` either.
+    Beyond the length of its training clips a model leaves its text. Just before that, it reads the
+    text again, and `kept` frames of the music [`remembered`; 0: it never does], the last ones or
+    those of the opening (`faithful`). Then memory does not grow with `frames`.
     """
     K = len(lm.heads)
     device = lm.heads[0].weight.device
