@@ -404,7 +404,7 @@ def main(argv=None):
         system.refining |= dict(steps=args.steps)
 
     started = time.time()
-    codec = system.codec
+    codec, lm = system.codec, system.lm
     if args.follow:
         latest = read_wishes(prompts[0])
         audio = follow(system, lambda: (latest[0], args.seed, args.sampling))
@@ -413,10 +413,10 @@ def main(argv=None):
     heard = torch.empty(codec.codebooks, 0, dtype=torch.long)
     if args.continue_file:
         heard = codec.encode(read_audio(args.continue_file))[0]  # (9, T)
-    known = heard[: system.lm.config.codebooks, -system.lm.config.trained_frames :]
+    known = heard[: lm.config.codebooks, -lm.config.trained_frames :].expand(len(jobs), -1, -1)
     blocks = generate(
-        system.lm, system.encoder, [prompt for prompt, _ in jobs], frames,
-        [seed for _, seed in jobs], codes=known.expand(len(jobs), -1, -1), **args.sampling,
+        lm, system.encoder, [prompt for prompt, _ in jobs], frames,
+        [seed for _, seed in jobs], codes=known, before=heard.shape[1], **args.sampling,
     )  # fmt: skip
     blocks = tqdm(blocks, total=-(-frames // 64), unit="block", disable=None, leave=False)
     if len(jobs) == 1:  # it is decoded while it is made

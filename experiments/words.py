@@ -48,7 +48,7 @@ def measure(models, seconds, count):
                 heard = judge.listen(ten_seconds(system, prompts, codes, start))
                 ten = slice(start, start + TEN)
                 cells = {"distance": mean(distance[:, ten].mean(1))}
-                cells["told"] = mean(told(system, codes[:, :, ten], prompts))
+                cells["told"] = mean(told(system, codes[:, :, ten], prompts, start))
                 table[f"{way}: {where} 10 s"] = cells | judged(judge, task, heard, prompts)
             table[f"{way}: last 10 s"]["repeated"] = mean([*map(repeated, codes[:8, 0].numpy())])
             if kept is None:
@@ -77,14 +77,16 @@ def play(system, prompts, frames, kept=None):
 
 
 @torch.inference_mode()
-def told(system, codes, prompts):
-    """Whether a clip's own prompt is the likeliest of the eight of its group: (R,) of bool"""
-    right = []
+def told(system, codes, prompts, start):
+    """Whether a clip's own prompt is the likeliest of the eight of its group: (R,) of bool. codes:
+    (R, K, T), from frame `start` of the piece on, so that the metronome is where it was."""
+    lm, right = system.lm, []
     for i in range(len(prompts)):
         first = min(i // 8 * 8, len(prompts) - 8)
         group = prompts[first : first + 8]
         clips = codes[i : i + 1].expand(len(group), -1, -1)
-        logits = system.lm(clips, *system.encoder(group))[:, 0]
+        columns = lm.delay(clips)[:, :, : clips.shape[2]]
+        logits = lm.heads[0](lm.read(columns, *system.encoder(group), past=start)[0])
         nats = F.cross_entropy(logits.mT, clips[:, 0], reduction="none").mean(1)
         right.append(int(nats.argmin()) == i - first)
     return np.array(right)

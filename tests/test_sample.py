@@ -132,7 +132,13 @@ def test_a_language_model_without_a_refiner_continues_audio(tmp_path, codebooks,
     save_checkpoint(tmp_path / "run", lm, encoder, dict(codec="toy"))
     soundfile.write("a.wav", 0.1 * np.random.default_rng(0).standard_normal(44100), 44100)
     options = ["--no-refiner", "--checkpoint", "run", "--seconds", "0.5", "--out", "b.wav"]
+    given, real = [], sample.generate
+    keep = lambda *parts, **options: given.append(options) or real(*parts, **options)
+    monkeypatch.setattr(sample, "generate", keep)
     sample.main(["jazz", "--continue", "a.wav", *options])
+    # It reads as much as it was trained on, and the metronome counts all of it.
+    assert given[0]["codes"].shape == (1, codebooks, min(lm.config.trained_frames, 87))
+    assert given[0]["before"] == 87
     assert len(soundfile.read("b.wav")[0]) == 512 * (-(-44100 // 512) + round(0.5 * 44100 / 512))
 
 

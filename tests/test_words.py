@@ -56,14 +56,21 @@ def test_what_is_repeated_is_the_longest_run_without_overlap():
 
 
 def test_a_prompt_is_told_by_what_was_played_to_it():
-    """By a model for which those codes are likely that are the length of the prompt."""
+    """By a model for which those codes are likely that are the length of the prompt, and as many
+    more as there were frames before: it has a metronome."""
 
-    def lm(codes, text):
-        wanted = torch.tensor([[len(prompt)] for prompt in text])[:, None].expand(codes.shape)
-        return 9.0 * torch.nn.functional.one_hot(wanted, 20)
+    class Model:
+        heads = [lambda codes: 9.0 * torch.nn.functional.one_hot(codes, 40)]
+        delay = staticmethod(lambda codes: codes)
 
-    system = type("System", (), dict(lm=staticmethod(lm), encoder=lambda self, prompts: [prompts]))
+        def read(self, columns, text, past):
+            wanted = torch.tensor([[len(prompt) + past] for prompt in text])
+            return wanted.expand(-1, columns.shape[2]), None
+
+    system = type("System", (), dict(lm=Model(), encoder=lambda self, prompts: [prompts]))
     prompts = ["a" * n for n in range(1, 10)]
     codes = torch.tensor(range(1, 10))[:, None, None].expand(-1, 1, 7)
-    assert words.told(system(), codes, prompts).tolist() == [True] * 9  # the last among eight, too
-    assert not words.told(system(), codes.flip(0)[1:], prompts[:8])[0]
+    later = words.told(system(), codes + 20, prompts, 20)
+    assert later.tolist() == [True] * 9  # the last among eight, too
+    assert not words.told(system(), codes.flip(0)[1:], prompts[:8], 0)[0]
+    assert not words.told(system(), codes + 20, prompts, 0)[1:].any()
