@@ -150,7 +150,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_value("seconds", args.seconds, "[25, 1e9]")
     check_value("count", args.count, "[8, 64]")
-    table, curves = measure({m: m for m in args.models}, args.seconds, args.count)
+    models = {m.removeprefix("out/").removesuffix("/best"): m for m in args.models}
+    table, curves = measure(models, args.seconds, args.count)
     about = f"{args.count} held-out prompts, {args.seconds:g} s each. Brackets: 95% intervals."
     name = args.name or ("words" if args.seconds == 60 else f"words-{args.seconds:g}")
     report(name, f"Words and {args.seconds:g} s of music", table, about)
