@@ -64,9 +64,8 @@ class Clips:
             make = f"make some with `python data.py folder MUSIC --out {folder}`"
             raise ValueError(f"no data at {folder}: {make}") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"the manifest or meta.json of {folder} is broken ({error!r})"
-            ) from None
+            broken = f"the manifest or meta.json of {folder} is broken ({error!r})"
+            raise ValueError(broken) from None
         if codec not in (None, made):
             raise ValueError(f"{folder} was made by the codec {made!r}, the model reads {codec!r}")
         if not self.rows:
@@ -74,15 +73,13 @@ class Clips:
         self.folder, self.codebooks = folder, codebooks
         shards = {row["shard"] for row in self.rows}
         self.shards = {i: np.memmap(folder / f"codes-{i:05}.bin", np.uint16, "r") for i in shards}
-
         for row in self.rows:
             end = row["offset"] + row["codebooks"] * row["frames"]
             if end > len(self.shards[row["shard"]]):
                 raise self.damaged(row)
 
     def damaged(self, row):
-        file = f"codes-{row['shard']:05}.bin"
-        return ValueError(f"{self.folder}: {file} is damaged; make it again")
+        return ValueError(f"{self.folder}/codes-{row['shard']:05}.bin is damaged; make it again")
 
     def __len__(self):
         return len(self.rows)

@@ -363,12 +363,14 @@ def guided(refiner, x, t, sketch, text, empty, guidance, sketch_guidance):
 
 
 def paint(
-    refiner, codec, text, coarse, fine, seed, steps=25, guidance=2.0, sketch_guidance=2.0
+    refiner, codec, text, coarse, fine, seed, steps=25, guidance=2.0, sketch_guidance=2.0,
+    spread=1.0,
 ):  # fmt: skip
     """One window: codebook 1 (1, L) and the finished frames of the others (K - 1, l), l <= L
     -> codebooks 2 ... K (K - 1, L).
 
-    text (2, d_text): the prompt's and the empty one; steps: see `denoise`; guidance: see `guided`.
+    text (2, d_text): the prompt's and the empty one; steps: see `denoise`; guidance: see `guided`;
+    spread: the standard deviation of the first noise, above 1 for samples that differ more.
     """
     device = refiner.out.weight.device
     finished = torch.cat([coarse[:, : fine.shape[1]], fine])[None].to(device)
@@ -380,7 +382,8 @@ def paint(
         return guided(refiner, x, t, sketch, *text.split(1), guidance, sketch_guidance)
 
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(1, len(refiner.limit), coarse.shape[1], generator=generator).to(device)
+    noise = spread * torch.randn(1, len(refiner.limit), coarse.shape[1], generator=generator)
+    noise = noise.to(device)
     x0 = denoise(predict, noise, refiner.schedule, steps, generator, known, refiner.limit)
     return torch.cat([fine, refiner.snap(codec, x0)[0, :, fine.shape[1] :].cpu()], 1)
 

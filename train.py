@@ -373,7 +373,7 @@ class Trainer:
         # trained on data again needs guidance again.
         sampling = self.data.origin.get("sampling", {})
         if self.config.distill:
-            sampling = dict(steps=8, guidance=1.0, sketch_guidance=1.0)
+            sampling = dict(steps=8, guidance=1.0, sketch_guidance=1.0, spread=1.3)
         elif self.data.refining and sampling.get("guidance") == 1:
             sampling = {}
         more = dict(train=asdict(self.config), codec=self.data.codec_name, sampling=sampling)

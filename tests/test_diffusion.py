@@ -414,6 +414,16 @@ def test_a_refiner_is_trained_resumed_exactly_and_played(tmp_path, monkeypatch):
     assert all((a[k] == b[k]).all() for k in a)
 
 
+def test_spread_widens_the_noise_that_a_window_starts_from(monkeypatch):
+    refiner, encoder = small()
+    seen = []
+    monkeypatch.setattr(diffusion, "denoise", lambda predict, x, *rest: seen.append(x) or x)
+    text, given = encoder.pooled(["jazz", ""]), codes(10)
+    for spread in (1.0, 1.5):
+        diffusion.paint(refiner, CODEC, text, given[:1], given[1:, :0], seed=0, spread=spread)
+    assert torch.equal(seen[1], 1.5 * seen[0])
+
+
 def test_a_student_learns_guided_predictions(tmp_path):
     refiner, encoder = small()
     for factors, low, high in ((dict(guidance=1.0, sketch_guidance=1.0), 0, 1e-12), ({}, 1e-3, 99)):
