@@ -19,7 +19,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -80,15 +79,14 @@ def play(system, prompts, frames, kept=None):
 def told(system, codes, prompts, start):
     """Whether a clip's own prompt is the likeliest of the eight of its group: (R,) of bool. codes:
     (R, K, T), from frame `start` of the piece on, so that the metronome is where it was."""
-    lm, right = system.lm, []
+    right = []
     for i in range(len(prompts)):
         first = min(i // 8 * 8, len(prompts) - 8)
         group = prompts[first : first + 8]
         clips = codes[i : i + 1].expand(len(group), -1, -1)
-        columns = lm.delay(clips)[:, :, : clips.shape[2]]
-        logits = lm.heads[0](lm.read(columns, *system.encoder(group), past=start)[0])
-        nats = F.cross_entropy(logits.mT, clips[:, 0], reduction="none").mean(1)
-        right.append(int(nats.argmin()) == i - first)
+        text = system.encoder([*group, *[""] * len(group)])
+        gain = sample.text_gain(system.lm, text, clips, start)
+        right.append(int(gain.argmax()) == i - first)
     return np.array(right)
 
 
