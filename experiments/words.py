@@ -1,7 +1,7 @@
 """Does long music keep to its words? With and without reading the text again.
 
     python -m experiments.words                          the shipped model, 32 prompts, 60 s
-    python -m experiments.words --seconds 600 --count 8  ten minutes
+    python -m experiments.words --seconds 600            ten minutes
     python -m experiments.words out/simba/best out/mamba/best --name mine     your own
 
 Writes results/words.md, .csv and .png; of another length words-600.md and so on. Held-out prompts;
