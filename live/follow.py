@@ -16,7 +16,6 @@ PLAYERS = (
     ["aplay", "-q", "-f", "S16_LE", "-c", "1", "-r"],
     ["play", "-q", "-t", "raw", "-e", "signed", "-b", "16", "-c", "1", "-", "-r"],
 )
-TURN = 0.15  # seconds of the old music that are kept when the words change
 ENDLESS = 1 << 40  # frames
 
 
@@ -24,11 +23,11 @@ def follow(system, wish):
     """Endless music that follows changing words -> yields audio (samples,), half a second each.
 
     wish() -> (prompt, seed, options of `generate` as a dict), asked before each unit of music
-    (`unit_of`): what to play next. New words begin on a beat, and with them the metronome; a new
-    seed starts other music; new options go on with what was played.
+    (`unit_of`): what to play next. New words, or a new seed, begin other music on a beat, and with
+    it the metronome; new options go on with what was played.
     """
     lm, encoder = system.lm, system.encoder
-    turn, kept = round(TURN * FRAME_RATE), remembered(lm)
+    kept = remembered(lm)
 
     def units():
         codes = torch.empty(system.codec.codebooks, 0, dtype=torch.long)  # what was played last
@@ -37,7 +36,7 @@ def follow(system, wish):
             prompt, seed, options = wanted = wish()
             now = seed + (number << 32)
             if wanted[:2] != playing[:2]:
-                codes = codes[:, -turn:] if seed == playing[1] else codes[:, :0]
+                codes = codes[:, :0]  # nothing in the new style begins with frames in the old one
                 unit = unit_of(float(encoder([prompt])[2][0])) * FRAME_RATE
                 count = begin = 0  # units and frames since the words changed
             if wanted != playing:

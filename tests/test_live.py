@@ -20,6 +20,7 @@ import sample
 from live import follow
 from live.__main__ import Live, understood
 from sample import generate
+from toy.judge import FACTORS, load_judge
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,9 +104,22 @@ def test_what_is_heard_when_a_wish_changes(system, monkeypatch):
     assert heard == [
         (["120 bpm"], [], 0),
         (["120 bpm"], [*range(345 - 259, 345)], 345),  # new options: the last three seconds
-        (["90 bpm"], [*range(431 - 13, 431)], 0),  # new words: the turn alone
+        (["90 bpm"], [], 0),  # new words: nothing
         (["90 bpm"], [], 0),  # a new seed: nothing
     ]
+
+
+def test_the_judge_hears_the_new_words(system):
+    """Sixteen changes from one genre to another: the ten seconds after them."""
+    genres, clips = [*FACTORS["genre"]], []
+    for seed in range(16):
+        old, new = [(genres[i % 20], seed, system.sampling) for i in (seed, seed + 7)]
+        wishes = itertools.chain([old, old], itertools.repeat(new))
+        music = follow.follow(system, wishes.__next__)
+        clips.append(torch.cat([*itertools.islice(music, 24)])[-441_000:])
+    logits = load_judge().listen(clips).logits["genre"]
+    right = [genres[i] == genres[(n + 7) % 20] for n, i in enumerate(logits.argmax(1))]
+    assert sum(right) >= 13, right
 
 
 def test_nonsense_is_refused_and_the_music_goes_on(system):
