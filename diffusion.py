@@ -307,9 +307,9 @@ def refiner_loss(
 # ------------------------------------------------------------------------------------------------
 # 4  Refining
 
-# Shares of a window: frames that are taken over from the window before, and frames that are painted
-# only as a look ahead and then painted again.
-KNOWN, AHEAD = 1 / 8, 1 / 16
+# Shares of a window: frames that are taken over from the window before, or of music that was heard,
+# and frames that are painted only as a look ahead and then painted again.
+KNOWN, HEARD, AHEAD = 1 / 8, 1 / 2, 1 / 16
 
 
 @torch.inference_mode()
@@ -325,12 +325,12 @@ def refine(
     which is not yielded. options: see `paint`. The same arguments give the same codes.
     """
     window = refiner.config.window
-    known, ahead = int(KNOWN * window), int(AHEAD * window)
+    known, before, ahead = (int(share * window) for share in (KNOWN, HEARD, AHEAD))
     text = encoder.pooled([prompt, ""])
     if heard is None:
         heard = torch.empty(refiner.config.codebooks, 0, dtype=torch.long)
-    coarse = heard[:1, -known:]  # codebook 1 of the frames in the window
-    fine = heard[1:, -known:]  # the other codebooks of those that are finished
+    coarse = heard[:1, -before:]  # codebook 1 of the frames in the window
+    fine = heard[1:, -before:]  # the other codebooks of those that are finished
     for piece in pieces:
         coarse = torch.cat([coarse, piece], 1)
         while coarse.shape[1] > window:

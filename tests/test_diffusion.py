@@ -337,7 +337,7 @@ def test_a_window_goes_on_from_the_one_before_and_from_what_was_heard(monkeypatc
     assert seen[0] is None and (seen[1] == made[1:, 40:56]).all()
     seen.clear()
     run(refiner, encoder, codes(20), heard=made)
-    assert (seen[0] == made[1:, -16:]).all()
+    assert (seen[0] == made[1:, -32:]).all()
 
 
 def test_guidance_of_one_is_the_conditional_and_of_zero_the_unconditional():
