@@ -178,9 +178,8 @@ def generate(
 def faithful(lm, text, recent, opening, past, began):
     """What each row hears when the text is read again: its last frames, `recent` (R, K, T), or, if
     those have drifted from the text, frames of its `opening` (R, K, L), from the same place in a
-    bar. Drifted: the `text_gain` is below 0.8 of that of the opening.
-
-    past, began: frames of the piece before `recent`, and before `opening`.
+    bar. Drifted: the `text_gain` is below 0.8 of that of the opening. past, began: frames of the
+    piece before `recent`, and before `opening`.
     """
     R, K, T = recent.shape
     bpm = text[2][:R]
@@ -189,6 +188,7 @@ def faithful(lm, text, recent, opening, past, began):
     frames = start[:, None, None] + torch.arange(T, device=start.device)
     opening = opening.gather(2, frames.expand(R, K, T))
     fits = text_gain(lm, text, recent, past) >= 0.8 * text_gain(lm, text, opening, past)
+    opening[..., -8:] = recent[..., -8:]  # the last 0.1 s, so that no seam is heard
     return torch.where(fits[:, None, None], recent, opening)
 
 

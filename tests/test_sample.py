@@ -377,6 +377,7 @@ def test_music_that_has_drifted_from_its_text_hears_its_opening():
         start = int((past - began) % (240 * FRAME_RATE / bpm)) if bpm else 0
         part = opening[i : i + 1, :, start : start + T]
         drifted = owed(i, recent[i : i + 1]) < 0.8 * owed(i, part)
+        part = torch.cat([part[..., :-8], recent[i : i + 1, :, -8:]], 2)
         expected.append(part if drifted else recent[i : i + 1])
     assert torch.equal(heard, torch.cat(expected))
     same = [torch.equal(a, b) for a, b in zip(heard, recent)]
